@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from lvlm_jax.native.build import TARGET
+from lvlm_jax.native.build import TARGET, TILES
 from lvlm_jax.planning import hlo
 from lvlm_jax.planning.hlo import Computations, Instruction, dimensions
 
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-_OURS = f'custom_call_target="{TARGET}"'
+_OURS = re.compile(f'custom_call_target="({TARGET}|{TILES})"')
 _OF_CUBLAS = re.compile(r'custom_call_target="__cublas.*"lhs_contracting_dimensions":\[([\d",]*)\]')
 _OF_CUDNN = 'custom_call_target="__cudnn$conv'
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
@@ -78,7 +78,7 @@ def _terms(one: Instruction, types: Mapping[str, str]) -> float:
     if one.operation == "dot":
         left_shape, along = dimensions(types[one.operands[0]]), _CONTRACTED.search(one.rest)
         return math.prod(left_shape[int(axis)] for axis in along[1].split(",") if axis) if along else 1
-    if one.operation == "custom-call" and _OURS in one.rest:
+    if one.operation == "custom-call" and _OURS.search(one.rest):
         return dimensions(types[one.operands[0]])[-1]
     if one.operation == "custom-call" and (along := _OF_CUBLAS.search(one.rest)):
         left_shape = dimensions(types[one.operands[0]])

@@ -11,6 +11,7 @@ from jaxlib import _hlo
 
 from lvlm_jax.attention.lazy_mask import LazyMask
 from lvlm_jax.attention.stream import streaming_attention
+from lvlm_jax.native import build
 from lvlm_jax.planning import collectives, devices, double_width, hlo, products, scattered_sums, schedule, traffic
 
 TEXT = Path(__file__).with_name("program.hlo").read_text()
@@ -96,6 +97,18 @@ def test_blocks_of_streaming_attention_count_as_often_as_they_run(rows, causal, 
     compiled = jax.jit(streaming_attention).lower(query, key, key, sight).compile()
     met = float((last - first).sum()) * 128 * 128
     assert products.flops_of(compiled) == pytest.approx(4 * 2 * 8 * met, rel=1e-3)
+
+
+@pytest.mark.parametrize("target", [build.TARGET, build.TILES])
+def test_products_in_c_count(target):
+    """[3, 10] times the transpose of [20, 10]."""
+    body = f"""
+  %x = bf16[3,10]{{1,0}} parameter(0)
+  %m = bf16[20,10]{{1,0}} parameter(1)
+  ROOT %y = bf16[3,20]{{1,0}} custom-call(%x, %m), custom_call_target="{target}"
+"""
+    found, entry = computations(f"HloModule m\n\nENTRY %main (x: bf16[3,10]) -> bf16[3,20] {{{body}}}\n")
+    assert products.flops(found, hlo.runs(found, entry)) == 2 * 3 * 20 * 10
 
 
 def test_messages_by_their_reach():
