@@ -1,10 +1,10 @@
-"""Measures how likely held-out answers are under methods, against no method.
+"""Measures how likely held-out answers are under methods, against no method or another one.
 
     python tools/likelihood.py --pairs runs/held/pairs.jsonl --methods learned:runs/learned0/method.safetensors
 
 Prints one line of JSON per method: means over the pairs, with their standard errors, of `nll`, the negative
 log-likelihood of the chosen answers in nats per token, and of `margin`, log p(chosen) - log p(rejected); of their
-paired differences to no method; and `accuracy`, the share of pairs with a margin above 0. The plausibility cuts
+paired differences to `--against`; and `accuracy`, the share of pairs with a margin above 0. The plausibility cuts
 of the methods are soft, as in training: a hard cut gives some answers the likelihood 0.
 """
 
@@ -61,20 +61,23 @@ def main(words: list[str]) -> int:
     parser.add_argument("--model", default="pocket", help="checkpoint (default pocket)")
     parser.add_argument("--pairs", required=True, help="pairs.jsonl of held-out pairs")
     parser.add_argument("--methods", nargs="+", default=[], help="methods in the words of --method")
+    parser.add_argument(
+        "--against", default="none", metavar="METHOD", help="what they are compared with (default none)"
+    )
     parser.add_argument("--batch-size", type=int, default=24, help="pairs per batch (default 24)")
     flags = parser.parse_args(words)
     model = LVLM.from_pretrained(flags.model)
     config = learned_method.get_config()
     config.data = flags.pairs
     samples = Samples.read(model, config, pair_files.read_pairs, prompted_row, "preference pairs", "pairs.jsonl")
-    plain = None
-    for name in ["none", *flags.methods]:
+    base = None
+    for name in [flags.against, *flags.methods]:
         method = method_for(name, lambda: model.hash, flags.model)
         values = log_likelihoods(model, samples, method, flags.batch_size)
-        plain = plain or values
+        base = base or values
         line = {"method": name, "pairs": len(values["nll"]), "accuracy": round(float((values["margin"] > 0).mean()), 4)}
         for figure, each in values.items():
-            line |= {figure: mean(each), f"{figure} - plain": mean(each - plain[figure])}
+            line |= {figure: mean(each), f"{figure} difference": mean(each - base[figure])}
         print(json.dumps(line), flush=True)
     return 0
 
