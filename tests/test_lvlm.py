@@ -44,7 +44,7 @@ def test_messages_that_cannot_be_used(model):
         ([conversation("one"), "two"], "messages must be a conversation"),
         ([{"role": "user"}], "needs 'role' and 'content'; got the keys 'role'"),
         ([{"content": "Hello"}], "needs 'role' and 'content'; got the keys 'content'"),
-        ([{"role": "user", "content": None}], "needs 'role' and 'content'"),
+        ([{"role": "user", "content": None}], "the content of a message is None"),
         ([{"role": "user", "content": ["Hello"]}], "part of type None is not supported"),
         ([{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}], "part of type 'video'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "part of type 'text' is not supported"),
