@@ -119,8 +119,9 @@ def round_of(by_name: Computations, entry: str) -> str:
 
 
 def dimensions(kind: str) -> list[int]:
-    """The shape of the first array that a type names."""
-    return [int(size) for size in _SHAPE.search(kind)[2].split(",") if size]
+    """The shape of the first array that a type names; empty for an empty tuple, as a conditional has."""
+    shape = _SHAPE.search(kind)
+    return [int(size) for size in shape[2].split(",") if size] if shape else []
 
 
 def sizes_of(kind: str, far: bool = False) -> list[int]:

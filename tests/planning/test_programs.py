@@ -196,3 +196,8 @@ def test_a_devices_time_is_the_slower_of_memory_and_products_and_then_messages()
     assert one.holds(92 * 2**30) and not one.holds(93 * 2**30)
     h100 = devices.find("H100")  # eight of them are joined by NVLink, more by the network
     assert h100.seconds(0, 0, "bfloat16", {8: 450e9, 16: 50e9}) == 2
+
+
+def test_a_conditional_without_operands_is_counted():
+    program = jax.jit(lambda once, x: jax.lax.cond(once, lambda: jnp.zeros(()), lambda: (x @ x).sum()))
+    assert products.flops_of(program.lower(True, jnp.ones((8, 8))).compile()) >= 2 * 8**3
