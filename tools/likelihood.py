@@ -17,13 +17,14 @@ from jaxtyping import Float
 
 from lvlm_jax import LVLM
 from lvlm_jax.cli import common
-from lvlm_jax.configs import learned_method
-from lvlm_jax.generation import forcing
+from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import Method
 from lvlm_jax.methods.cuts import soften
 from lvlm_jax.methods.parse import method_for
+from lvlm_jax.training import settings
 from lvlm_jax.training.data import pair_files
 from lvlm_jax.training.data.batches import Batches
+from lvlm_jax.training.objectives import learned_method
 from lvlm_jax.training.objectives.learned_method import Scored, prompted_row
 from lvlm_jax.training.samples import Samples
 
@@ -37,17 +38,14 @@ def log_likelihoods(
         size: pairs per batch.
     """
     rows, soft = samples.train, None if method is None else soften(method, 1.0)
-    images = samples.image_count
-    score = jax.jit(lambda params, forced: forcing.logprobs(params, model.config, forced, soft, images).sum(axis=-1))
     source = Scored(Batches(rows, samples.encoder, size, 1, 0), model, soft)
-    nll, margin = [], []
-    for first in range(0, len(rows), size):
-        chunk = rows[first : first + size]
-        forced = source.of(chunk, range(len(chunk)), size)["opened"]
-        logps = np.asarray(score(model.params, forced))
-        nll.append((-logps[:, 0] / np.asarray(forced.in_answer)[:, 0].sum(axis=-1))[: len(chunk)])
-        margin.append((logps[:, 0] - logps[:, 1])[: len(chunk)])
-    return {"nll": np.concatenate(nll), "margin": np.concatenate(margin)}
+    score = jax.jit(
+        lambda params, forced: learned_method.likelihoods(params, model.config, forced, soft, samples.image_count)
+    )
+    chunks = [rows[first : first + size] for first in range(0, len(rows), size)]
+    scored = [score(model.params, source.of(chunk, range(len(chunk)), size)["opened"]) for chunk in chunks]
+    each = (np.concatenate(batches)[: len(rows)] for batches in zip(*scored, strict=True))
+    return dict(zip(("nll", "margin"), each, strict=True))
 
 
 def mean(values: np.ndarray) -> list[float]:
@@ -64,12 +62,14 @@ def main(words: list[str]) -> int:
     parser.add_argument(
         "--against", default="none", metavar="METHOD", help="what they are compared with (default none)"
     )
-    parser.add_argument("--batch-size", type=int, default=24, help="pairs per batch (default 24)")
+    parser.add_argument("--batch-size", type=common.number(int, 1), default=24, help="pairs per batch (default 24)")
     flags = parser.parse_args(words)
     model = LVLM.from_pretrained(flags.model)
-    config = learned_method.get_config()
+    config = settings.base("learned_method")
     config.data = flags.pairs
     samples = Samples.read(model, config, pair_files.read_pairs, prompted_row, "preference pairs", "pairs.jsonl")
+    if len(samples.train) < 2:
+        raise LVLMError(f"{flags.pairs} has one pair; a standard error needs at least two")
     base = None
     for name in [flags.against, *flags.methods]:
         method = method_for(name, lambda: model.hash, flags.model)

@@ -38,8 +38,9 @@ from lvlm_jax.evaluation.question import Question
 from lvlm_jax.evaluation.shares import Key
 from lvlm_jax.generation.output import NOT_FINITE
 from lvlm_jax.methods import Method, Strength, strength
-from lvlm_jax.methods.base import frozen, plausible
+from lvlm_jax.methods.base import frozen
 from lvlm_jax.methods.chain import Chained
+from lvlm_jax.methods.cuts import plausible
 
 CUT = 0.1  # β for methods without one
 PBA = " Answer yes whenever possible."

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lvlm_jax.methods.base import Method, Readout, Strength, contrast_logits, data, strength
-from lvlm_jax.methods.contrast import ImagePresence, where_image
+from lvlm_jax.methods.base import Method, Readout, Strength, data, strength
+from lvlm_jax.methods.contrast import ImagePresence, contrast_logits, where_image
 from lvlm_jax.methods.registry import register
 
 

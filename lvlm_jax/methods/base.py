@@ -24,7 +24,6 @@ from lvlm_jax.attention import Transform
 from lvlm_jax.attention.transform import STAGES, overrides
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import checks
-from lvlm_jax.methods.cuts import Soft, plausible
 from lvlm_jax.methods.tower import TowerEdit
 
 Strength = float | np.floating | jax.Array
@@ -394,13 +393,3 @@ def contrast_kind(method: Method | None) -> str:
             f"{method.label}: contrast_prompt() is {kind!r}; expected one of {', '.join(map(repr, CONTRAST_PROMPTS))}"
         )
     return kind
-
-
-def contrast_logits(
-    main: Float[Array, "B V"],
-    contrast: Float[Array, "B V"],
-    alpha: Float[Array, "#B #V"] | Strength,
-    beta: Strength | Soft,
-) -> Float[Array, "B V"]:
-    """(1 + α) l - α l̃ on plausible tokens, -inf elsewhere."""
-    return plausible((1 + alpha) * main - alpha * contrast, main, beta)

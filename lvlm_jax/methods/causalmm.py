@@ -28,8 +28,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from lvlm_jax.attention import Transform
-from lvlm_jax.methods.base import Method, Readout, Strength, data, plausible, strength
+from lvlm_jax.methods.base import Method, Readout, Strength, data, strength
 from lvlm_jax.methods.contrast import ImagePresence, where_image
+from lvlm_jax.methods.cuts import plausible
 from lvlm_jax.methods.registry import register
 
 

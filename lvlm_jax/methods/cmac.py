@@ -40,7 +40,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.attention import Context, Site, Transform
-from lvlm_jax.methods.base import Method, Strength, contrast_logits, strength, switch
+from lvlm_jax.methods.base import Method, Strength, strength, switch
+from lvlm_jax.methods.contrast import contrast_logits
 from lvlm_jax.methods.registry import register
 
 GATE_STEPS = 30

@@ -1,4 +1,4 @@
-"""Shared by contrastive methods, beside `base.contrast_logits`: samples without an image are left alone.
+"""Shared by contrastive methods: the contrast itself, and samples without an image, which are left alone.
 
 A contrast measures the contribution of the image. For samples without an image, such methods return the main branch's
 logits without a plausibility cut.
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.attention import Context, Transform
+from lvlm_jax.methods.base import Strength
+from lvlm_jax.methods.cuts import Soft, plausible
 
 
 class ImagePresence(Transform):
@@ -35,3 +37,13 @@ def where_image(
 ) -> Float[Array, "B V"]:
     """`combined` for samples with an image, `main` for the others."""
     return jnp.where(present[:, None], combined, main)
+
+
+def contrast_logits(
+    main: Float[Array, "B V"],
+    contrast: Float[Array, "B V"],
+    alpha: Float[Array, "#B #V"] | Strength,
+    beta: Strength | Soft,
+) -> Float[Array, "B V"]:
+    """(1 + α) l - α l̃ on plausible tokens, -inf elsewhere."""
+    return plausible((1 + alpha) * main - alpha * contrast, main, beta)

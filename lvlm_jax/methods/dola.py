@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods.base import Method, Readout, Strength, plausible, strength, switch
+from lvlm_jax.methods.base import Method, Readout, Strength, strength, switch
+from lvlm_jax.methods.cuts import plausible
 from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 

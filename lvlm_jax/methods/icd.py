@@ -18,8 +18,8 @@ Cost: a second prompt, and one more row through the weights per token. The visio
 
 from typing import ClassVar
 
-from lvlm_jax.methods.base import Method, Readout, Strength, contrast_logits, strength, switch
-from lvlm_jax.methods.contrast import ImagePresence, where_image
+from lvlm_jax.methods.base import Method, Readout, Strength, strength, switch
+from lvlm_jax.methods.contrast import ImagePresence, contrast_logits, where_image
 from lvlm_jax.methods.registry import register
 
 DISTURBANCE = "You are a confused objects detector to provide a fuzzy overview or impression of the image."

@@ -21,8 +21,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from lvlm_jax.methods.base import Method, Readout, Strength, contrast_logits, strength, switch
-from lvlm_jax.methods.contrast import ImagePresence, where_image
+from lvlm_jax.methods.base import Method, Readout, Strength, strength, switch
+from lvlm_jax.methods.contrast import ImagePresence, contrast_logits, where_image
 from lvlm_jax.methods.registry import register
 
 LARGEST_EXPONENT = 80.0

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.attention import Context
-from lvlm_jax.methods.base import Method, Readout, Strength, plausible, strength, switch
+from lvlm_jax.methods.base import Method, Readout, Strength, strength, switch
 from lvlm_jax.methods.contrast import has_image, where_image
+from lvlm_jax.methods.cuts import plausible
 from lvlm_jax.methods.registry import register
 
 FAINT = 1e-6

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from lvlm_jax.attention import Context
-from lvlm_jax.methods.base import Method, Readout, Strength, plausible, strength, switch
+from lvlm_jax.methods.base import Method, Readout, Strength, strength, switch
 from lvlm_jax.methods.contrast import has_image, where_image
+from lvlm_jax.methods.cuts import plausible
 from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 

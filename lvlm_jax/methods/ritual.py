@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 
 from lvlm_jax.methods import transforms
-from lvlm_jax.methods.base import Method, Readout, Strength, plausible, strength, switch
+from lvlm_jax.methods.base import Method, Readout, Strength, strength, switch
 from lvlm_jax.methods.contrast import ImagePresence, where_image
+from lvlm_jax.methods.cuts import plausible
 from lvlm_jax.methods.registry import register
 
 

@@ -39,8 +39,8 @@ from jaxtyping import Array, Bool, Float
 from PIL import Image
 
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods.base import Method, Readout, Strength, contrast_logits, data, strength, switch
-from lvlm_jax.methods.contrast import has_image, where_image
+from lvlm_jax.methods.base import Method, Readout, Strength, data, strength, switch
+from lvlm_jax.methods.contrast import contrast_logits, has_image, where_image
 from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 from lvlm_jax.pixels import CLIP

@@ -25,8 +25,8 @@ from jaxtyping import Array, Bool, Float
 
 from lvlm_jax.attention import Context, Site, Transform
 from lvlm_jax.errors import LVLMError
-from lvlm_jax.methods.base import Method, Readout, Strength, contrast_logits, strength, switch
-from lvlm_jax.methods.contrast import ImagePresence, where_image
+from lvlm_jax.methods.base import Method, Readout, Strength, strength, switch
+from lvlm_jax.methods.contrast import ImagePresence, contrast_logits, where_image
 from lvlm_jax.methods.depth import layer_range
 from lvlm_jax.methods.registry import register
 

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lvlm_jax.methods.base import Method, Readout, Strength, contrast_logits, strength
-from lvlm_jax.methods.contrast import ImagePresence, where_image
+from lvlm_jax.methods.base import Method, Readout, Strength, strength
+from lvlm_jax.methods.contrast import ImagePresence, contrast_logits, where_image
 from lvlm_jax.methods.registry import register
 
 NOISE_STEPS = 1000

@@ -155,9 +155,10 @@ def open_checkpoint(folder_or_files: Files, vision_tower=None) -> tuple[list[Ten
 
 def _check_not_quantized(folder: Path, files: Sequence[TensorFile]) -> None:
     """Recognises quantized files by the names of their tensors, if the configuration does not name the quantization."""
-    # Names that AWQ and GPTQ, bitsandbytes, FP8, compressed-tensors, and quanto or torchao give.
-    marks = (".qweight", ".qzeros", ".absmax", ".SCB", ".weight_scale", ".weight_scale_inv", ".weight_packed")
-    marks += ("._data", "_qdata")
+    marks = (".qweight", ".qzeros")  # AWQ, GPTQ
+    marks += (".absmax", ".SCB")  # bitsandbytes
+    marks += (".weight_scale", ".weight_scale_inv", ".weight_packed")  # FP8, compressed-tensors
+    marks += ("._data", "_qdata")  # quanto, torchao
     quantized = next((name for file in files for name in file.shapes if name.endswith(marks)), None)
     if quantized is not None:
         raise LVLMError(

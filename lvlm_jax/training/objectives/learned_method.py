@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from lvlm_jax.errors import LVLMError
@@ -136,16 +137,22 @@ def metrics(
     """
     del key
     method = soften(chain(*strengths.members_at(trainable)), settings["softness"])
-    forced = batch["opened"]
-    logps = forcing.logprobs(frozen, config, forced, method, image_count).sum(axis=-1)
-    margin = logps[:, 0] - logps[:, 1]
+    nll, margin = likelihoods(frozen, config, batch["opened"], method, image_count)
     metrics_found = {
         "preference": preferred(settings["beta"] * margin),
-        "nll": -logps[:, 0] / forced.in_answer[:, 0].sum(axis=-1),
+        "nll": nll,
         "margin": margin,
         "accuracy": (margin > 0).astype(np.float32),
     }
     return {name: per_pair(values, batch["weight"]) for name, values in metrics_found.items()}
+
+
+def likelihoods(
+    params: Any, config: FamilyConfig, forced: forcing.ForcedInputs, method: Method | None, image_count: int
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """NLL of the chosen answers in nats per token, and the margin log π(y_w) - log π(y_l), under a method. Pure."""
+    logps = forcing.logprobs(params, config, forced, method, image_count).sum(axis=-1)
+    return -logps[:, 0] / forced.in_answer[:, 0].sum(axis=-1), logps[:, 0] - logps[:, 1]
 
 
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
