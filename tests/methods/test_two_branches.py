@@ -31,6 +31,13 @@ def noised(method):
 
 
 STRONG_VCD, CROP = VCD(alpha=2.5, noise_step=999, seed=7), methods.RITUAL(seed=3, only="crop", alpha=1.0, beta=0.3)
+
+
+def crop(picture, index):
+    """The crop of `CROP` for an image of the reference, which is a NumPy array."""
+    return CROP.contrast_image(jnp.asarray(picture), index)
+
+
 STRONG_AVISC, ONE = methods.AvisC(gamma=0.9, lambda_=0, alpha=2, beta=0.3), methods.DAMRO(tokens=1, alpha=1, beta=0.2)
 CUT = {"alpha": 2.0, "beta": 0.3}
 # Method, its reference and what that is given besides, prompts, model, and the factor on rounding.
@@ -60,7 +67,7 @@ CASES = {
     # Image tokens that the last row cannot see take no part in the ranking.
     "sid window": (SID(keep=3), contrast.sid, {"keep": 3}, MIXED, (4, "bare_window"), 2),
     "ritual": (methods.RITUAL(), contrast.ritual, {"change": methods.RITUAL().contrast_image}, MIXED, SHALLOW, 4),
-    "ritual crop": (CROP, contrast.ritual, {"change": CROP.contrast_image, "alpha": 1.0, "beta": 0.3}, EDGES, SHALLOW,
+    "ritual crop": (CROP, contrast.ritual, {"change": crop, "alpha": 1.0, "beta": 0.3}, EDGES, SHALLOW,
                     4),
     "nolan": (methods.NoLan(), contrast.nolan, {}, MIXED, DEEP, 4.2),
     "avisc": (methods.AvisC(lambda_=0.2), contrast.avisc, {"lambda_": 0.2}, MIXED, DEEP, 3),
