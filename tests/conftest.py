@@ -45,6 +45,14 @@ def programs(request):
     drop_programs()
 
 
+@pytest.fixture
+def all_programs_kept(monkeypatch):
+    """While a test counts the programs of a function, none is dropped because of those of the tests before it."""
+    from lvlm_jax.compilation import LIMIT_VARIABLE
+
+    monkeypatch.setenv(LIMIT_VARIABLE, "100000")
+
+
 @pytest.fixture(scope="session")
 def torch_model(tmp_path_factory):
     """transformers' own model of the small checkpoint; `torch_model.name_or_path` is the folder."""

@@ -101,7 +101,7 @@ def hidden_from(weights, config, ids, pixels, from_layer):
     return llava.head(weights, config, hidden)
 
 
-def test_masking_probe(model, torch_model, prompt):
+def test_masking_probe(model, torch_model, prompt, all_programs_kept):
     rows = 6
     before = decode_loop.full_forward._cache_size()
     probe = analysis.masking_probe(model, prompt, rows=rows)

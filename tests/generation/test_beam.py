@@ -38,7 +38,7 @@ def scores(out, length_penalty=1.0):
 
 
 @pytest.mark.parametrize("beams", named([2, 5], slow=[5]))
-def test_tokens_and_scores_are_those_of_transformers(model, mixed, theirs, beams):
+def test_tokens_and_scores_are_those_of_transformers(model, mixed, theirs, beams, all_programs_kept):
     """Lengths and penalties are data: others compile nothing."""
 
     def programs():

@@ -97,7 +97,7 @@ def test_answers_are_those_of_a_plain_batch(model, asked, stop, method, settings
     assert_equal(many(model, asked, batch_size=3, **settings), batch)
 
 
-def test_programs_are_few_and_compiled_once(model, asked, stop, monkeypatch):
+def test_programs_are_few_and_compiled_once(model, asked, stop, monkeypatch, all_programs_kept):
     settings = {"max_new_tokens": LIMIT, "stop_token_ids": stop, "batch_size": 4}
     moves, compact = [], continuous.compact
     monkeypatch.setattr(continuous, "compact", lambda slots: moves.append(1) or compact(slots))

@@ -38,7 +38,7 @@ def test_a_sweep_equals_one_generation_after_another(model, mixed, name):
     assert together[0].tokens != together[-1].tokens  # the strengths do something
 
 
-def test_another_grid_of_the_same_size_compiles_nothing(model, mixed):
+def test_another_grid_of_the_same_size_compiles_nothing(model, mixed, all_programs_kept):
     model.sweep(mixed, [methods.CMAC(alpha=a) for a in (1.0, 2.0)], max_new_tokens=4)
     before = sweep.run._cache_size()
     model.sweep(mixed, [methods.CMAC(alpha=a, beta=0.3) for a in (0.5, 4.0)], max_new_tokens=4)

@@ -278,7 +278,7 @@ def five_values(field, value):
 
 
 @every_method
-def test_another_strength_compiles_nothing(bench, name):
+def test_another_strength_compiles_nothing(bench, name, all_programs_kept):
     method = build(name)
     fields = {field.name: field for field in dataclasses.fields(method)}
     bench.acting(name)

@@ -168,7 +168,7 @@ def test_scores_are_float16_under_code():
     np.testing.assert_array_equal(columns, [1, 1, 1])  # the window begins at column 1, even where all is 0
 
 
-def test_samples_alone_and_other_strengths(case, ways_back):
+def test_samples_alone_and_other_strengths(case, ways_back, all_programs_kept):
     """A batch equals its samples alone; other strengths compile nothing, and huge products stay finite."""
     together = case.model.generate(case.inputs, OPERA(**SMALL), max_new_tokens=14)
     for row in range(len(LAYOUTS)):

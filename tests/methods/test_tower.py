@@ -48,7 +48,7 @@ def first(model, prompts, method):
     return np.asarray(model.prefill(prompts, method)[1].main)
 
 
-def test_samples_with_images_change_and_off_is_the_plain_program(model):
+def test_samples_with_images_change_and_off_is_the_plain_program(model, all_programs_kept):
     plain, count = first(model, ASKED, None), decode_loop.encode_images._cache_size()
     np.testing.assert_array_equal(first(model, ASKED, Loud(0.0)), plain)
     assert decode_loop.encode_images._cache_size() == count
