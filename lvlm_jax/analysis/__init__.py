@@ -1,6 +1,7 @@
 """Analyses of attention, hidden states and masks: where a model looks.
 
-Pure functions on arrays, and a page for people. Start with `words` and `maps`; `overlay` and `figures` draw them.
+Pure functions on arrays, and an HTML page that shows their results. Start with `words` and `maps`; `overlay` and
+`figures` draw them.
 """
 
 from lvlm_jax.analysis.flow import Flow, HideImages, divergence, information_flow, masking_probe

@@ -65,7 +65,8 @@ def drift_curve(
         l*  = argmax over l in [0.3 L, 0.6 L] of JSD(p^l, n) · (1 - H(p^l) / ln N)
         A   = relu(p^{l*} - λ n), its largest ρN entries
 
-    The paper describes CLVA's idea without formulas. Candidates start where n is complete.
+    The paper describes CLVA's idea without formulas. No layer before the last of those that make up n is a candidate
+    for l*.
 
     Args:
         attention: one row's weights on the N tokens of one image. `jax.vmap` over rows or images.
@@ -74,7 +75,7 @@ def drift_curve(
         early: how many first layers make up the noise.
 
     Raises:
-        LVLMError: a model so shallow that no layer lies between the early and the late ones.
+        LVLMError: the model is so shallow that no layer lies between the early and the late ones.
     """
     depth, _, tokens = attention.shape
     strongest = jnp.asarray(attention, jnp.float32).max(1)
@@ -89,7 +90,7 @@ def drift_curve(
     middle = (layers >= first) & (layers <= 0.6 * depth + 1e-9)
     if first > 0.6 * depth + 1e-9:
         raise LVLMError(
-            f"drift_curve looks for anchors in layers {first} to {0.6 * depth:.1f} of {depth}, which is none; "
+            f"drift_curve looks for anchors in layers {first} to {0.6 * depth:.1f} of {depth}, but there are none; "
             "use a deeper model or fewer early layers"
         )
     anchor_layer = jnp.argmax(jnp.where(middle, score, -jnp.inf))

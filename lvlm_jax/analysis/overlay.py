@@ -153,7 +153,7 @@ def draw(path, rows: Sequence[ImageRow], words: int = 5) -> None:
 
 
 def panel(axis, row: ImageRow, heat, title: str) -> None:
-    """Draws a row's image on a matplotlib axis, under a map if `heat` is one."""
+    """Draws a row's image on a matplotlib axis, with the map `heat` over it if there is one."""
     width, height = row.image.size
     # Even a photograph of 50 megapixels is not drawn sharper than this size.
     small = row.image.copy()

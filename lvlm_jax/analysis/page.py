@@ -27,10 +27,10 @@ class Answer:
 
     Attributes:
         name: for example "greedy", or the method's name.
-        settings: its numbers, in words.
+        settings: the method's settings, in words.
         text: the answer.
         words: its W words.
-        maps: for each image, the weight of each layer and head on its places, for each word; edits included.
+        maps: for each image and word, the weights of each layer and head on the image's places, after all edits.
         mass: share of a row's weight on all image columns.
         sinks: `sink_density` of the prompt.
         flow: `Flow.text_share`.
@@ -91,7 +91,7 @@ def plan(layers: int, heads: int, per_map: int, budget: int) -> tuple[bool, int]
 
     Args:
         layers, heads: of the model.
-        per_map: bytes of one layer's and one head's maps, all words of all answers.
+        per_map: bytes of the maps of one layer and head, for all words of all answers.
         budget: bytes for all maps.
     """
     if layers * (heads + 2) * per_map <= budget:
@@ -114,8 +114,8 @@ def pack(maps: Float[np.ndarray, "*any cells"]) -> tuple[str, str]:
 
         value = scale · (byte / 255)²
 
-    The square keeps small weights apart from zero beside a large one: steps are 0.8 % of the largest at the top and
-    0.002 % at the bottom.
+    The square keeps small weights distinct from zero: steps are 0.8 % of the largest weight at the top and 0.002 % at
+    the bottom.
     """
     maps = maps.astype(np.float32)
     scale = maps.max(-1)
@@ -145,7 +145,7 @@ def _answer(answer: Answer, with_heads: bool, band: int) -> dict:
 
 
 def _groups(maps: Float[np.ndarray, "L H W h w"], with_heads: bool) -> Float[np.ndarray, "L G W h w"]:
-    """The mean over heads; with heads also their maximum and each of them."""
+    """The mean over heads; if `with_heads`, also the maximum over heads and each single head."""
     mean = maps.mean(1, keepdims=True)
     return np.concatenate([mean, maps.max(1, keepdims=True), maps], axis=1) if with_heads else mean
 

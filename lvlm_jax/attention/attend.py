@@ -2,7 +2,7 @@
 
     positions → logits → mask → weights → values
 
-The rows (queries) of all branches are multiplied with the shared prefix at once; each branch's rows also with the
+The rows (queries) of all branches attend to the shared prefix in one product; each branch's rows also attend to the
 branch's own columns after the prefix. A transform sees the last `explicit_rows` rows of its branch. Without transforms,
 only the plain program is traced.
 
@@ -29,8 +29,8 @@ from lvlm_jax.attention.transform import Site, Transform, overrides, rows_in, sp
 from lvlm_jax.native import each_rows_dot
 
 LARGEST_MAP = 2**26  # elements [B, H, R, S] of one map if the rows can be split, 256 MiB in float32
-MIN_ROWS = 16  # that are computed at a time, however many columns there are
-SHORT_QUERY = 64  # whose map is small beside the keys and values of that many columns
+MIN_ROWS = 16  # the fewest rows computed at a time, however many columns there are
+SHORT_QUERY = 64  # rows of a query whose map is small compared with the keys and values
 
 
 # A pytree, because `jax.checkpoint` flattens the arguments of a layer that the backward pass recomputes.
@@ -126,8 +126,8 @@ def _streamed_branch(
     window: int | None,
     whole_images: bool,
 ) -> tuple[Float[Array, "B H T D"], Any, Float[Array, "B G R S"] | None]:
-    """One branch: plain rows by streaming, explicit rows at once or a few at a time. Returns values, carry, tapped
-    weights."""
+    """Attention of one branch: plain rows are streamed, explicit rows are computed all at once or a few at a time.
+    Returns outputs, carry and tapped weights."""
     transform, total = edits.at(0, context.phase), query.shape[2]
     explicit = 0
     if transform is not None:
@@ -140,7 +140,7 @@ def _streamed_branch(
     plain, parts, carry, tapped = total - explicit, [], edits.carries[0], None
     if plain:
         block, lazy_mask = columns.own[0], context.lazy_mask(window, whole_images).rows(0, plain)
-        # The first rows of the columns see no later column, unless images are seen whole.
+        # Plain rows come first and see no later column, unless image tokens see their whole image.
         if total == block.length and not whole_images:
             block, lazy_mask = block.first(plain), lazy_mask.columns(0, plain)
         parts.append(streaming_attention(query[:, :, :plain], block.key, block.value, lazy_mask))
@@ -164,7 +164,7 @@ def _row_blocks(
     queries: tuple[Float[Array, "B H R D"]],
     contexts: tuple[Context],
 ) -> tuple[tuple, tuple, tuple]:
-    """Runs `attend_rows` on a few rows at a time; returns the weights of the last ones."""
+    """Runs `attend_rows` on a few rows at a time; the returned weights are those of the last few rows."""
     (rows,), (context,) = queries, contexts
     batch, heads, total, _ = rows.shape
     limit = max(MIN_ROWS, LARGEST_MAP // (batch * heads * context.image_id.shape[1]))
@@ -208,7 +208,7 @@ def _whole_map(
     """Outputs, carries and weights of every branch, from the whole map of the given rows.
 
     Args:
-        statistics: those of the only transform over all rows, if these are only some of the rows.
+        statistics: the transform's statistics over all rows, if the given rows are only some of them.
         only_statistics: returns just the sums of `Transform.statistics` over these rows.
     """
     logits = _logits(queries, columns) if shift is None else _calibrated_logits(queries, columns, contexts[0], shift)
@@ -286,7 +286,8 @@ def _with_edited_rows(plain: Array, edited: Array) -> Array:
 def _stack_taps(
     tapped: Sequence[Float[Array, "B G R S"] | None], contexts: tuple[Context, ...]
 ) -> Float[Array, "N B G R S"] | None:
-    """Stacks the tapped weights of all branches; the main one's alone if branches have columns of their own."""
+    """Stacks the tapped weights of all branches, or returns only the main branch's if branches have columns of their
+    own."""
     if tapped[0] is None:
         return None
     return jnp.stack(tapped if all(context is contexts[0] for context in contexts) else tapped[:1])

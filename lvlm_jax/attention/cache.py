@@ -39,7 +39,7 @@ class Block:
             return write_columns(key, new.key, index), write_columns(value, new.value, index)
 
         def guarded(key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-            if key.dtype == jnp.bfloat16:  # written by a call, which nothing is fused with
+            if key.dtype == jnp.bfloat16:  # written by a call, which XLA does not fuse
                 return update(key, value)
             return jax.lax.cond(index < self.length, update, lambda *same: same, key, value)
 

@@ -32,7 +32,7 @@ def map_rows(
 
     Args:
         edit: a stage.
-        array: the stage's second argument, an attention map or a mask; `edit` gets its row.
+        array: the stage's second argument, an attention map or a mask; `edit` gets one row of it.
         columns: the column of each row; columns after it count as not written yet. The default is `site.row_index`. If
             given, the columns may differ between samples, and the site's `row_index` is None.
         carry_axis: the axis of rows in `site.carry`; None if all rows share one carry.

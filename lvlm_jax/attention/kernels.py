@@ -1,7 +1,7 @@
 """Kernels that replace the loops of `stream`: cuDNN's on NVIDIA GPUs, splash attention on TPUs.
 
-Both take 16-bit operands whose rows are the columns: a prompt or a training sequence. The loops do the rest: float32,
-which the kernels would round; rows after a prefix; image tokens that see later ones.
+Both take 16-bit operands whose rows and columns are the same tokens: a prompt or a training sequence. The loops compute
+all other cases: float32, which the kernels would round; rows after a prefix; image tokens that see later ones.
 """
 
 import functools
@@ -141,7 +141,8 @@ def compiles_for_tpus() -> bool:
 
 
 def _one_device_or_mesh() -> bool:
-    """The compiler does not partition Mosaic kernels: with several devices the mesh must be known (`jax.set_mesh`)."""
+    """Whether a Mosaic kernel can run: the compiler does not partition it, so several devices need a known mesh
+    (`jax.set_mesh`)."""
     return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().size > 1
 
 

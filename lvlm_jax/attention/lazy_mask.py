@@ -132,9 +132,10 @@ class LazyMask:
         return begin // block, (end + block - 1) // block
 
     def average_span(self, block: int) -> float:
-        """How many blocks of columns a block of rows meets on average, by the shapes alone.
+        """The average number of blocks of columns that a block of rows sees, computed from the shapes alone.
 
-        Fewer rows than columns are taken for the last ones, or for the first where image tokens see later ones.
+        If there are fewer rows than columns, they are assumed to be the last ones, or the first ones if image tokens
+        see later ones.
         """
         rows, columns = self.row.shape[0], self.column.shape[0]
         behind = 0 if self.run is not None or columns < rows else columns - rows

@@ -36,7 +36,8 @@ class RopeConfig:
         pairs: a plane consists of two neighbouring components instead of one from each half.
         sections: how many planes belong to the first, second and third axis of multimodal positions; empty for one
             axis.
-        interleaved: the axes alternate from plane to plane instead of forming blocks; the first axis gets the rest.
+        interleaved: the axes alternate from plane to plane instead of forming blocks; the remaining planes belong to
+            the first axis.
     """
 
     theta: float = 10000.0

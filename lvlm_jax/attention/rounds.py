@@ -12,11 +12,11 @@ WRITTEN = re.compile(r"rounds_of_([\d.]+)")
 
 
 def name_scope(rounds: float) -> contextlib.AbstractContextManager:
-    """A context: loops that are traced inside it run `rounds` times on average."""
+    """A context that names the loops traced inside it as running `rounds` times on average."""
     return jax.named_scope(f"rounds_of_{rounds:.3f}")
 
 
 def read(name: str) -> float | None:
-    """The number in the name of an operation, that of the innermost loop; None without one."""
+    """The average rounds of the innermost loop in an operation's name; None if the name has none."""
     counts = WRITTEN.findall(name)
     return float(counts[-1]) if counts else None

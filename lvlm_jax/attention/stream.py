@@ -4,10 +4,10 @@ Sources: Milakov and Gimelshein, arXiv 1805.02867; Rabe and Staats, arXiv 2112.0
 
 Besides its result, the forward pass keeps one number per row: the logarithm of its sum of exponentials. The backward
 pass recomputes each block's weights from it. So memory grows with T, and the program is two nested loops whatever T is.
-A block that none of its rows sees is skipped.
+A block in which no row sees a column is skipped.
 
-The platform that a program is lowered for decides on the block size, and on whether a kernel replaces the loops
-(`kernels`).
+The block size, and whether a kernel replaces the loops (`kernels`), depend on the platform that a program is lowered
+for.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lvlm_jax.attention import kernels, rounds
 from lvlm_jax.attention.lazy_mask import LazyMask
 
-# Block size: measured on a CPU, where a block fits the cache; large enough to keep an accelerator busy.
+# Block sizes: the CPU's was measured and fits its cache; the other is large enough to keep an accelerator busy.
 CPU_BLOCK, BLOCK = 128, 512
 FEW_ROWS, FEW_ROWS_BLOCK = 256, 64  # with fewer rows than this, smaller blocks waste less on a CPU
 HIDDEN = jnp.finfo(jnp.float32).min

@@ -41,7 +41,7 @@ class Tap:
 class Tapped(NamedTuple):
     """The arrays that a `Tap` requests; the others are None.
 
-    N branches, the main one first. Attention of the main branch alone if branches have prompts of their own.
+    N branches, the main one first; attention is that of the main branch alone if branches have prompts of their own.
     """
 
     attention: Float[Array, "L N B G R S"] | None

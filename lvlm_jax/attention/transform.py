@@ -34,12 +34,12 @@ from lvlm_jax.attention.context import Context
 from lvlm_jax.errors import LVLMError
 
 ROWS = ("all", "post_image", "last")
-# Positions belong to the method: they apply in all layers.
+# The positions stage is not among them: a method sets positions for all layers.
 ATTENTION_STAGES = ("logits", "mask", "weights", "values", "observe")
-# Outside attention, in all rows of a call.
+# These act outside attention, in all rows of a call.
 STREAM_STAGES = ("enter", "mlp", "residual")
 STAGES = (*ATTENTION_STAGES, *STREAM_STAGES)
-NEAR = 0.83  # difflib ratio from which a name counts as a misspelling: "logit", "wieghts", but not "masked"
+NEAR = 0.83  # a name with at least this difflib ratio is a misspelling: "logit", "wieghts", but not "masked"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ def edited(model: LVLM, method: Nullu) -> dict:
         down = block["mlp"]["down_proj"]
         if "kernel" not in down or "bias" in down:
             obstacle = "a bias" if "bias" in down else "int8 weights"
-            raise LVLMError(f"Nullu edits plain projections, and layer {layer} has {obstacle}; load the model without")
+            raise LVLMError(f"Nullu edits plain projections, and layer {layer} has {obstacle}; use --method nullu")
         kernel, directions = down["kernel"].astype(jnp.float32), method.directions(layer)
         exact = jax.lax.Precision.HIGHEST
         along = jnp.einsum("IE,RE->IR", kernel, directions, precision=exact)

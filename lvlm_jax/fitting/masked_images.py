@@ -30,7 +30,7 @@ def differences(model: LVLM, pairs: Sequence[Pair], seed: int) -> Float[np.ndarr
     Args:
         model: the model.
         pairs: with I images.
-        seed: of the masks, which depend on it, the pair's id and the place of the image or tile in the pair alone.
+        seed: seed of the masks, which depend only on it, the pair's id, and the place of the image or tile in the pair.
     """
     config = model.config
     inputs = model.prepare([pair.conversation() for pair in pairs])

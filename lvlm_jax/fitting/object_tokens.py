@@ -1,8 +1,7 @@
 """AdaIAT's statistics: how much heads attend to generated text at real and at hallucinated object tokens.
 
-The difference between a pair's answers defines object tokens. Hallucinated: the tokens of the bad answer that the good
-one does not have in their place. Real: the tokens of the good answer that the bad one does not have; if it has them
-all, all tokens of the good answer.
+Object tokens are those in which the aligned answers of a pair (`difflib`) differ: hallucinated ones in the bad answer,
+real ones in the good answer. If the good answer has none, all of its tokens count as real.
 """
 
 import dataclasses

@@ -147,7 +147,7 @@ def answer_capacity(prompt: Inputs, max_length: int | None) -> int:
     longest = int(prompt.lengths.max())
     max_length = whole_number("max_length", max_length, low=1)
     if max_length < longest:
-        raise LVLMError(f"max_length is {max_length} and the prompt has {longest} tokens; give at least that many")
+        raise LVLMError(f"max_length is {max_length} and the prompt has {longest} tokens; give at least {longest}")
     return max_length - longest
 
 

@@ -25,7 +25,7 @@ from lvlm_jax.methods.base import contrast_kind
 from lvlm_jax.models.family import FamilyConfig
 
 ROWS = 1024  # rows of a prompt that are run at once while other answers are under way
-MOST = 2**15  # rows, of all prompts of a batch together, that are run at once at most
+MOST = 2**15  # the largest number of rows, over all prompts of a batch, that are run at once
 
 
 def obstacle(config: FamilyConfig, method: Method | None) -> str | None:
@@ -53,7 +53,7 @@ def prefix(
 
     Args:
         first: the first column that holds a token of any sample.
-        rows: how many are run at a time; all of them where image tokens see later ones.
+        rows: how many rows are run at a time; all of them if image tokens see later ones.
     """
     if split - first <= rows or config.text.whole_images:
         yield decode_loop.prefix(params, config, prompt, end=split, split=split, image_count=image_count)
@@ -67,7 +67,7 @@ def prefix(
 
 
 class Prefill:
-    """A prompt on its way to a state whose answer can begin.
+    """The prefill of a prompt, which runs chunk by chunk.
 
     Attributes:
         result: the state and the first logits; None until all chunks have been run.

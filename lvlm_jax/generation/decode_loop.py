@@ -88,7 +88,7 @@ class Answers:
         state: caches; every token except the last has been run.
         tokens, logprobs: generated tokens, in buffers of M columns.
         count: number of columns written.
-        length: per sample, number of tokens including the stop token; `count` while it runs.
+        length: per sample, number of tokens including the stop token; equal to `count` while the answer is unfinished.
         finished: samples that generated a stop token, or whose logits were not finite (`Sampling.pick`).
         stop: token ids that end an answer.
         keys: one random key per sample.

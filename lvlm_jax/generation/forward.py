@@ -131,8 +131,8 @@ def prefill(
     """Runs the prompt.
 
     If the contrast branch reads the same prompt, rows that no branch edits run once and share their columns; the last
-    rows run for all branches together. Other images in the same columns become another row of the batch. A prompt of
-    another layout runs by itself.
+    rows run for all branches together. A contrast branch with other images in the same columns becomes another row of
+    the batch; one with another layout runs by itself.
 
     Args:
         tail_rows: how many of the last rows contain all post-image rows (`Inputs.tail_rows`).
@@ -281,8 +281,8 @@ def prompt_context(
     positions = jnp.maximum(jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1, 0) if axes is None else axes[0]
     shift = None
     if method is not None:
-        # Text advances every axis by one, so the remainder of a position comes from images: on the one ordinary axis
-        # their tokens; on several axes the extents of earlier images and the offset inside its own.
+        # Text advances every axis by one, so the rest of a position comes from images: with one axis, the number of
+        # their tokens; with several, the extents of earlier images plus the offset inside the token's own image.
         everywhere = positions if axes is None else axes
         text = valid & ~image
         from_images = everywhere - (jnp.cumsum(text, axis=1, dtype=jnp.int32) - text)
@@ -376,7 +376,7 @@ def uses_tail_rows(method: Method | None) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _edited_rows(structure: jax.tree_util.PyTreeDef, tail_rows: int, total: int) -> int:
-    """Takes only the structure: strengths do not matter here, and computing with them would cost time in every call."""
+    """`edited_rows` by a method's structure alone: strengths do not matter, and computing with them would cost time."""
     method = jax.tree.unflatten(structure, [1.0] * structure.num_leaves)
     return _explicit_rows(method, transforms_of(method), tail_rows, total)
 

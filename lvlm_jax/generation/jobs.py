@@ -129,7 +129,7 @@ def _answer_or_split(answer: Answerer, batch: list[Request]) -> list[tuple[int, 
     except LVLMError as error:
         if len(batch) == 1:
             return [(batch[0].line, error)]
-        # A request of the batch is bad: alone, each succeeds or fails by itself.
+        # Some request of the batch fails; run alone, each succeeds or fails by itself.
         return [pair for request in batch for pair in _answer_or_split(answer, [request])]
     return [(request.line, reply) for request, reply in zip(batch, answers, strict=True)]
 

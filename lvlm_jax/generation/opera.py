@@ -135,7 +135,7 @@ class Rollbacks:
         self.latest = 0
 
     def target(self, columns: Int[np.ndarray, "N T"], alive: list[Bool[np.ndarray, "N"]]) -> int | None:
-        """The last token to keep, or None for no rollback; `alive` are the beams that counted at every length."""
+        """The last token to keep, or None for no rollback; `alive` marks, for each length, the beams that counted."""
         place = self.method.recurring(columns, alive[-1])
         if place is None or place >= columns.shape[1] - 1:
             return None

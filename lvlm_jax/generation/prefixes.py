@@ -66,7 +66,7 @@ def shares(config: FamilyConfig, method: Method | None) -> bool:
 
 
 def split(inputs: Inputs, edited: int) -> int:
-    """The column from which each prompt is run by itself; earlier rows end before the last image does, unedited."""
+    """The column from which each prompt runs by itself; no earlier row is edited or comes after the last image."""
     return inputs.tokens.shape[1] - max(inputs.tail_rows, edited)
 
 
@@ -168,7 +168,7 @@ def _first(inputs: Inputs) -> Int[np.ndarray, "B"]:
 
 
 def _ends(inputs: Inputs, before: int) -> Int[np.ndarray, "B"]:
-    """The column behind the last image of each prompt, or `before` without one."""
+    """The column after the last image of each prompt, or `before` without one."""
     in_image = inputs.image_id > 0
     return np.where(in_image.any(axis=1), inputs.image_id.shape[1] - in_image[:, ::-1].argmax(axis=1), before)
 

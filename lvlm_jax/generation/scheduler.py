@@ -29,8 +29,8 @@ from lvlm_jax.processors.layout import Inputs
 
 SCHEDULES = ("auto", "continuous", "batches")
 SHORT_ANSWER = 32  # tokens; with longer answers, lengths differ enough that rows would wait for each other
-# Prompts are prefilled in groups of one per this many rows: larger groups keep rows idle, smaller ones read the weights
-# more often.
+# A group of prompts that are prefilled together has one prompt for every 8 rows: larger groups keep rows idle, smaller
+# ones read the weights more often.
 ROWS_PER_GROUP = 8
 
 BETWEEN_CHUNKS = 16  # tokens that each running answer gets between two chunks of a long prompt

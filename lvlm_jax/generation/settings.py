@@ -166,7 +166,7 @@ def _items(name: str, value: Any) -> tuple | None:
         return None
     items = tuple(itertools.islice(value, MAX_ITEMS + 1))
     if len(items) > MAX_ITEMS:
-        raise LVLMError(f"{name} has more than {MAX_ITEMS} items; expected at most that many")
+        raise LVLMError(f"{name} has too many items; expected at most {MAX_ITEMS}")
     return items
 
 

@@ -130,8 +130,8 @@ def prefill_inputs(
 ) -> tuple[PrefillInputs, int | None, int | None]:
     """`branches.prefill_inputs` for all settings together: towers, contrast prompt and warm-up pass run once.
 
-    The exceptions: contrast images that depend on a strength each go through the tower; different edits of the tower
-    each have a run of it, and a warm-up pass.
+    The exceptions: contrast images that depend on a strength go through the tower once per setting; and each different
+    edit of the tower has its own run of the tower and its own warm-up pass.
 
     Returns:
         The inputs, with the `stack` as method; and the grid axes in the embeddings of the main and of the contrast

@@ -13,7 +13,7 @@ from lvlm_jax.version import __version__
 _SAMPLES = 64
 _SAMPLE_BYTES = 16 * 1024
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
-# The hash that identifies the content of a name: a moved folder with the same content is the same.
+# Field with a name -> field with the hash of its content: equal hashes make a moved or renamed folder the same.
 _HASH_OF = {"name": "sha256", "model": "model_sha256"}
 
 

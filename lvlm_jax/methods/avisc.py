@@ -9,7 +9,7 @@ mean,
 and the contrast branch reads zeros instead of the image tokens in J. This leaves the tokens that draw attention
 whatever the question is. Then (1 + α) l - α l~ where l >= max l + ln β. γ is 0.5, λ 1, α 1, β 0.1.
 
-Differs from the authors' code in: statistics, which there pool the samples of a batch.
+Differs from the authors' code in: statistics, which are per sample here and pool the samples of a batch there.
 
 Rows, layers, stages: none; the attention of both branches is plain. A sample without an image is left alone.
 Cost: the prompt twice more, and one more row through the weights per token.

@@ -96,7 +96,7 @@ def strength(
             for heads it has the shape `[H, 1, 1]`.
         flat: why it has no gradient and cannot be learned, such as "a threshold"; "" if it has one.
         cuts: it rules tokens out, and becomes a `cuts.Soft` when answers are scored for training.
-        when: the name of a switch, and the value at which this number is used at all.
+        when: the name and the value of a switch; the number is used only if the switch has that value.
     """
     about = {"doc": doc, "low": low, "high": high, "per": per, "flat": flat, "cuts": cuts, "when": when}
     return dataclasses.field(default=default, metadata=about)
@@ -198,7 +198,8 @@ class Method(Transform):
         return None
 
     def contrast_prompt(self) -> str:
-        """One of CONTRAST_PROMPTS; static. A contrast branch in OTHER_LAYOUTS is not edited."""
+        """The kind of the contrast branch's prompt, one of CONTRAST_PROMPTS; static. If it is one of OTHER_LAYOUTS, the
+        branch has no attention edits."""
         return "same"
 
     def contrast_pixels(self, pixels: Float[Array, "R ..."], image_index: Int[Array, " R"]) -> Float[Array, "R ..."]:
@@ -269,7 +270,8 @@ class Method(Transform):
         return ()
 
     def further_exits(self, carry: Any) -> Float[Array, "X B E"] | None:
-        """Hidden states made by the edits whose logits `combine` needs too; in `Readout.exits` after those of `exits`.
+        """Hidden states that the edits computed and whose logits `combine` needs too. They follow those of `exits` in
+        `Readout.exits`.
 
         Args:
             carry: the main branch's carry after the last layer.
@@ -308,7 +310,7 @@ class Method(Transform):
 
     @property
     def independent_rows(self) -> bool:
-        """Whether a sample's answer depends on its own row alone, in whatever columns its tokens lie; static.
+        """Whether a sample's answer depends on its own row alone, whichever columns its tokens occupy; static.
 
         Continuous batching requires it: when an answer ends, its row is given to another prompt.
         """

@@ -8,7 +8,7 @@ tokens of different images, in either order.
 
 in layers of even index, so selected tokens of earlier images see those of later ones. Both softmaxes share the values,
 so the code mixes their weights. Nothing changes within an image, for text, or with one image. With `tile`, each tile of
-that many tokens selects its own share (InternVL2.5).
+`tile` tokens selects its own share (InternVL2.5).
 
 Truncated attention (`mode="truncated"`) produces rejected answers for preference learning: in every layer, a token of
 an image does not see other images. `variant="code-qwen"`: an image token sees only itself and earlier text. The variant
@@ -49,7 +49,7 @@ class CAPL(Method):
     start_layer: int | float = switch(0, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(None, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(
-        None, "explicit layers instead, of odd index too; without them mode 'cross' takes the even ones"
+        None, "explicit layers instead, odd ones too; by default mode 'cross' edits only even layers"
     )
     tile: int | None = switch(None, "tokens per tile, if each tile selects its own share; default whole images")
 

@@ -174,7 +174,7 @@ class Chained(Method):
         owners = [type(member).__name__ for member in self.members if wants(member)]
         if len(owners) > 1:
             raise LVLMError(
-                f"{' and '.join(owners)} cannot be chained: each wants its own {what}; leave all but one out"
+                f"{' and '.join(owners)} cannot be chained: each needs its own {what}; use only one of them"
             )
 
 

@@ -76,8 +76,8 @@ def _layered(name: str, field: dataclasses.Field, value: Any) -> Layered:
         raise LVLMError(f"{name} is {shown(value)}; {expected}")
     if values.ndim not in DIMENSIONS[per] or not values.size:
         raise LVLMError(
-            f"{name} has shape {values.shape}; {expected}. For several values give sweep a method for each, or build "
-            "the method inside jax.vmap"
+            f"{name} has shape {values.shape}; {expected}. To try several values, give sweep one method for each, or "
+            "build the method inside jax.vmap"
         )
     if isinstance(values, jax.core.Tracer | jax.ShapeDtypeStruct) or not getattr(values, "is_fully_addressable", True):
         return Layered(values)
@@ -88,7 +88,7 @@ def _layered(name: str, field: dataclasses.Field, value: Any) -> Layered:
     return Layered(values if result else jnp.asarray(host, jnp.float32))
 
 
-# Forms of a strength besides one number, by its finest form.
+# The numbers of axes that a strength may have besides 0, and the words for these forms, by the finest form.
 DIMENSIONS = {"model": (), "layer": (1,), "head": (1, 2)}
 FORMS = {"model": "", "layer": ", or one for each layer", "head": ", or one for each layer, or layer and head"}
 

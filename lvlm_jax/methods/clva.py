@@ -13,7 +13,7 @@ figures of the reconstruction. For the last query row, inside each image of N to
 
 A difference of two maps (each of sum 1) whose entries sum to at most 1e-4 counts as zero: it is rounding. An image
 whose A is zero has no anchors and is left alone, and so is an image that the row does not see. JSD is in nats, the mean
-of both halves. Candidate layers start where n is complete.
+of both halves. No layer before the last of those that make up n is a candidate for l*.
 
 Differs from the paper in: unknown, because the paper gives no formulas; no authors' code is known.
 
@@ -66,8 +66,8 @@ class CLVA(Method):
     )
     gate: bool = switch(True, "edit only as far as attention has drifted", choices=(True, False))
     noise_layers: int = switch(3, "how many first layers make the noise")
-    anchor_start: float = switch(0.3, "share of the depth where candidate layers begin, inclusive")
-    anchor_end: float = switch(0.6, "share of the depth where they end, inclusive")
+    anchor_start: float = switch(0.3, "share of the depth where candidates for the anchor layer begin, inclusive")
+    anchor_end: float = switch(0.6, "share of the depth where candidates for the anchor layer end, inclusive")
     start_layer: int | float | None = switch(None, "first edited layer; default the first at 0.65 of the depth")
     end_layer: int | float | None = switch(None, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(None, "explicit edited layers instead")

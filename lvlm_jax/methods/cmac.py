@@ -64,7 +64,11 @@ class CMAC(Method):
         "what the contrast branch does where M is 1",
         choices=("value_mask", "attention_mask", "value_noise"),
     )
-    gate: str | None = switch(None, "which 30 steps' mean image logit switches α off", choices=(None, "first", "last"))
+    gate: str | None = switch(
+        None,
+        "α is 0 at steps whose image logit is below its mean over the first or the last 30",
+        choices=(None, "first", "last"),
+    )
     noise_seed: Strength = strength(
         0, "seed of distort='value_noise'", low=0, high=2**24, flat="a seed", when=("distort", "value_noise")
     )

@@ -1,4 +1,4 @@
-"""Shared by contrastive methods: the contrast itself, and samples without an image, which are left alone.
+"""Functions that contrastive methods share: the contrast of logits, and the exception for samples without an image.
 
 A contrast measures the contribution of the image. For samples without an image, such methods return the main branch's
 logits without a plausibility cut.

@@ -7,7 +7,7 @@ gives any candidate the largest probability p* is chosen, per sample and step, a
 
     l + α p* l_layer   for candidates, -inf for all other tokens
 
-That holds for greedy decoding, sampling and beams alike, as in the authors' code.
+This applies to greedy decoding, sampling and beams alike, as in the authors' code.
 
 Differs from the paper and from the authors' code in: nothing known.
 

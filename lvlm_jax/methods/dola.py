@@ -6,9 +6,9 @@ step (the first on ties), and
 
     ln p - ln p_{i*}      where p >= β max p
 
-Early exits, numbered as Hugging Face's `hidden_states`: "low" the even ones below half the depth, "high" the even
-ones from there up to but not including the last, or those given. For 32 layers: 0, 2, ..., 14 and 16, ..., 30.
-`variant="paper"` puts the final norm before the head, `variant="code"` does not.
+`layers` selects the early exits, numbered as Hugging Face's `hidden_states`: "low", the even ones below half the depth;
+"high", the even ones from there up to but not including the last; or explicit numbers. For 32 layers: 0, 2, ..., 14 and
+16, ..., 30. `variant="paper"` puts the final norm before the head, `variant="code"` does not.
 
 Differs from the paper in: nothing known. The paper does not say whether an exit passes the final norm. We assume that
 it does, like the last hidden state, because the head was trained after that norm; this is the default. Differs from the

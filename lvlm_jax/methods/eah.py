@@ -73,7 +73,8 @@ class EAH(Method):
 def received_attention(
     site: Site, weights: Float[Array, "B H R S"], own_image: bool
 ) -> tuple[Float[Array, "B H S"], Int[Array, "B S"]]:
-    """The attention each column receives from later rows that see it (of its own image, or all), and their number."""
+    """The attention that each column receives from later rows that see it (of its own image, or all), and the number of
+    these rows."""
     columns = jnp.arange(site.image_id.shape[1])
     givers = site.mask & (site.row_index[:, None] > columns[None, :])[None]
     if own_image:

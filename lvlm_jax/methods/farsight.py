@@ -1,8 +1,8 @@
-"""FarSight: later columns take a share of the softmax before they are hidden. A port.
+"""FarSight, a port: later columns take a share of the softmax before they are hidden.
 
-From arXiv 2505.16652 and a port of it. In row i of the prompt, each later column j > i of the sample is a register with
-the logit -σ (j - i). The softmax runs over the columns that the row sees and over its registers, whose weights are then
-set to 0. So the weights of a row sum to less than 1; the further a row is from the end, the smaller is its sum:
+The paper is arXiv 2505.16652. In row i of the prompt, each later column j > i of the sample is a register with the
+logit -σ (j - i). The softmax runs over the columns that the row sees and over its registers, whose weights are then set
+to 0. So the weights of a row sum to less than 1; the further a row is from the end, the smaller is its sum:
 
     w <- w Z / (Z + Σ_{j > i} e^{-σ (j - i)})      Z = Σ e^z over the columns that are seen
 

@@ -2,9 +2,11 @@
 
 Each image of the second branch is changed by one of six transforms, drawn at random:
 
-    flip        left and right flip_down   up and down rotate      about its middle by up to 180 degrees either way,
-    nearest pixels, black outside colour      brightness, contrast and saturation times up to 2, hue by up to half a
-    turn blur        Gauss of 13 pixels, deviation 1.5 to 2
+    flip        left and right
+    flip_down   up and down
+    rotate      about the middle by up to 180 degrees either way, nearest pixels, black outside
+    colour      brightness, contrast and saturation times up to 2, hue by up to half a turn
+    blur        Gaussian over 13 pixels, deviation 1.5 to 2
     crop        a part of 8 to 100 percent of the area, sides 3 : 4 to 4 : 3, at the size of the whole, bilinear
 
 The draw of a sample's k-th image depends on `seed` and k alone. With l~ the second branch's logits:

@@ -19,8 +19,8 @@ min(1, JSD(p, p~)), in nats:
 
     α = min(3, 1 - log10 J) where J > 1e-4, else 0;    (1 + α) l - α l~ where l >= max l + ln β
 
-`variant="paper"`: JSD = ½ KL(p‖m) + ½ KL(p~‖m), m = (p + p~) / 2; "code": the authors' ½ KL(m‖p) + ½ KL(m‖p~); "code-
-qwen": their Qwen2-VL files, which differ in two points: 𝒪 are only the image columns, and CICD acts where J > 0.1.
+`variant="paper"`: JSD = ½ KL(p‖m) + ½ KL(p~‖m), m = (p + p~) / 2; "code": the authors' ½ KL(m‖p) + ½ KL(m‖p~);
+"code-qwen": that of their Qwen2-VL files, in which 𝒪 are only the image columns, and CICD acts where J > 0.1.
 
 Differs from the paper in: nothing known. Differs from the authors' code in: the other image, which there is drawn from
 the benchmark. Here it is a fixed one, so an answer never depends on its neighbours in a batch. It is resized to each

@@ -41,7 +41,7 @@ class SID(Method):
         100, "how many image tokens the contrast branch keeps, a whole number", low=1, flat="a number of tokens"
     )
     start_layer: int | float = switch(2, "first layer that sees only the kept tokens")
-    end_layer: int | float | None = switch(None, "the layer after the last one that does")
+    end_layer: int | float | None = switch(None, "the layer after the last that sees only the kept tokens")
     layers: tuple[int, ...] | None = switch(None, "explicit layers, used instead")
 
     PRESETS: ClassVar = {"pope": dict(keep=100), "chair": dict(keep=50)}

@@ -92,7 +92,7 @@ class SPARC(Method):
 
 
 def pad_columns(jumps: Jumps, columns: int) -> Jumps:
-    """The same with more columns: the new ones belong to the answer, not to an image."""
+    """The same jumps with more columns, which belong to the answer and not to an image."""
 
     def pad(array: jax.Array) -> jax.Array:
         return jnp.pad(array, ((0, 0), (0, max(columns - array.shape[1], 0))))[:, :columns]

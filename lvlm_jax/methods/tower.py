@@ -1,4 +1,4 @@
-"""`TowerEdit`: a method's edit of the vision tower, from which the main branch then has its image tokens."""
+"""`TowerEdit`: a method's edit of the vision tower that encodes the main branch's images."""
 
 import dataclasses
 import hashlib
@@ -12,8 +12,7 @@ from jaxtyping import Array, Float
 class TowerEdit:
     """Base class: changes nothing. A subclass is a frozen dataclass and a pytree (`jax.tree_util.register_dataclass`).
 
-    Image tokens are cached and shared by the leaves of their edit, so these should be what the tokens depend on, and
-    nothing else.
+    Image tokens are cached under `edit_key`, so the leaves should be exactly the values on which the tokens depend.
     """
 
     def mlp(self, layer: int, output: Float[Array, "R P W"]) -> Float[Array, "R P W"]:

@@ -6,8 +6,8 @@ in LLaMA-2-7B, 2100 and 4743 in 13B (`dims`, presets); by default, the two large
 token in that layer. If a layer has a sink among the image tokens, a head is image-centric in a row after the images if
 its mass on image columns is at least 0.2 and the sinks' share of that mass at most ρ. In such heads
 
-    w_s <- p w_s                              on sinks, in image and text w_j <- w_j + (1 - p) Σ_s w_s · w_j / Σ w   on
-    the image columns j that are not sinks, the sum over all of these
+    w_s <- p w_s                                   on sinks, in image and text
+    w_j <- w_j + (1 - p) Σ_s w_s · w_j / Σ_k w_k   on the image columns j that are not sinks, k over all of these
 
 τ is 20, ρ 0.5, p 0.6; layers 2 to L - 2.
 

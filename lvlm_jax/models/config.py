@@ -25,10 +25,10 @@ class DecoderTraits:
     norm_offset: bool = False
     scaled_embedding: bool = False
     whole_images: bool = False
-    window: bool = True  # whether it reads `sliding_window`; transformers' code of the others does not
+    window: bool = True  # whether transformers' code of the family reads `sliding_window`
     rope_pairs: bool = False
-    rope_partial: bool = False  # whether only a share of each head may turn
-    rope_sections: tuple[int, ...] = ()  # of multimodal positions, if the configuration does not set them
+    rope_partial: bool = False  # whether only a share of each head may be rotated
+    rope_sections: tuple[int, ...] = ()  # default `mrope_section` of multimodal positions
     rope_interleaved: bool = False
 
 
@@ -140,7 +140,8 @@ class DecoderConfig:
 
     @property
     def large(self) -> bool:
-        """Whether its layers have a billion parameters; then activations leave little memory for a backward pass."""
+        """Whether its layers have at least a billion parameters, so that a backward pass runs short of memory for
+        activations."""
         mixing = 2 * self.head_dim * (self.num_heads + self.num_kv_heads)
         return self.num_layers * self.hidden_size * (mixing + 3 * self.intermediate_size) >= 1e9
 

@@ -124,7 +124,8 @@ class FamilyConfig(abc.ABC):
 
     @property
     def tokens_per_image(self) -> int | None:
-        """How many tokens every image takes; None if it depends on more than the image.
+        """How many tokens every image takes; None if images differ in this number, or if their tokens depend on the
+        prompt.
 
         If it is a number, images can be encoded before their prompts and reused.
         """

@@ -54,7 +54,7 @@ class Gemma3Config(FamilyConfig):
         if pool == 0 or (vision.side // pool) ** 2 != tokens:
             raise LVLMError(
                 f"mm_tokens_per_image {tokens} does not fit a grid of {vision.side} x {vision.side} patches; expected "
-                "the square of a number of squares of patches along one side"
+                f"the square of {vision.side} // n for a whole number n"
             )
         return cls(
             text=decoder_config(hf),

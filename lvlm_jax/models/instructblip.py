@@ -13,7 +13,7 @@ the placeholders of a sample's images are put at its front, image after image. A
 first, wherever they are in its messages, and each is read with all of the conversation's text. Without
 `image_token_index`, the placeholder is the first id after the vocabulary. A prompt without images is only text.
 
-Decoders that are half of an encoder-decoder (Flan-T5) are not supported.
+Encoder-decoder language models (Flan-T5) are not supported.
 """
 
 import dataclasses
@@ -83,7 +83,8 @@ class InstructBlipConfig(FamilyConfig):
         """The prompts, with placeholders for their images at the front if no prompt has any.
 
         Raises:
-            LVLMError: there are several prompts and another number of images, so it is unclear which belong together.
+            LVLMError: there are several prompts and a different number of images, so it is unclear which belong
+                together.
         """
         if any((prompt == self.image_token_id).any() for prompt in prompts):
             return prompts

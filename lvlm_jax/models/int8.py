@@ -43,7 +43,7 @@ def quantize(weight: Float[Array, "N K"]) -> tuple[Int8[Array, "N K"], Float32[A
 
 
 def dequantize(kernel: Int8[Array, "N K"], scale: Float[Array, "N"]) -> Float32[Array, "K N"]:
-    """The float kernel that it represents, with the axes of float kernels."""
+    """The float kernel that an int8 kernel and its scales represent, with the axes of float kernels."""
     return (kernel.astype(jnp.float32) * scale.astype(jnp.float32)[:, None]).T
 
 

@@ -157,7 +157,8 @@ class InternVit(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "R 3 Y X"]) -> list[Float[Array, "R P W"]]:
-        """Returns the hidden states of R tiles: the embeddings, each layer's output, the last one's final norm.
+        """Returns the hidden states of R tiles: the embeddings, each layer's output, and the last output after the
+        final norm.
 
         P counts the class token and the patches, row by row. Without a final norm, the last two are equal.
         """

@@ -72,8 +72,9 @@ class Linear(nn.Dense):
         x, a, b = nn.dtypes.promote_dtype(x, leaf("lora_a"), leaf("lora_b"), dtype=self.dtype)
         lead = x.shape[:-1]
         if math.prod(lead[:-2]) == 1:
-            # One axis of rows: the gradients of A and B are plain products then. Of several axes XLA's CPU compiler
-            # transposes whole activations for them. Rows of several branches lie on the devices of their samples.
+            # With one axis of rows, the gradients of A and B are plain products; with several, XLA's CPU compiler
+            # transposes whole activations. Several branches keep their axes, because their rows lie on the devices of
+            # their samples.
             x = x.reshape(-1, x.shape[-1])
         if self.has_variable("params", "lora_dropout") and self.has_rng("dropout"):
             keep_rate = 1.0 - leaf("lora_dropout").astype(jnp.float32)
@@ -121,7 +122,8 @@ def linear(features: int, dtype: jnp.dtype, name: str | None, use_bias: bool = F
 
 
 class Embed(nn.Embed):
-    """`nn.Embed` that reads a 16-bit table where it lies: XLA's CPU backend converts all of it to float32 first."""
+    """`nn.Embed` that converts only the rows it reads; XLA's CPU backend first converts a whole 16-bit table to
+    float32."""
 
     def __call__(self, tokens: Int[Array, "*T"]) -> Float[Array, "*T E"]:
         if self.embedding.dtype.itemsize != 2:

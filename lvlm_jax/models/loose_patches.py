@@ -56,8 +56,8 @@ class PatchTowerConfig:
 
 
 def tower_sizes(vision: Any, hidden_size: int, intermediate_size: int) -> dict[str, Any]:
-    """The fields of `PatchTowerConfig` from a transformers vision configuration; the two widths have different names
-    there.
+    """The fields of `PatchTowerConfig` from a transformers vision configuration; families name the two widths
+    differently.
 
     Raises:
         LVLMError: a value that is not supported.

@@ -110,7 +110,7 @@ class QwenVlConfig(FamilyConfig):
 
     @property
     def image_start_id(self) -> int:
-        """<img>; </img> is the next."""
+        """The id of <img>; that of </img> is the next."""
         return self.image_token_id - IMAGE_PAD
 
     def stop_tokens(self, generation: Mapping[str, Any]) -> tuple[int, ...]:

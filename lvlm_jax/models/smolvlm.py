@@ -1,4 +1,4 @@
-"""Idefics3 (arXiv 2408.12637) and SmolVLM (arXiv 2504.05299): SigLIP tower, pixel shuffle, LLaMA-like decoder.
+r"""Idefics3 (arXiv 2408.12637) and SmolVLM (arXiv 2504.05299): SigLIP tower, pixel shuffle, LLaMA-like decoder.
 
 Processors split an image into square tiles, followed by the whole image at a small size. Each tile has a run of
 placeholders; between the runs there is text:

@@ -55,7 +55,8 @@ class Tiling:
         return cls(tile, tile // hf.vision_config.patch_size, resolutions)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of tiles of the resolution that keeps most of an image's pixels; on ties, that wastes least.
+        """Rows and columns of tiles of the best resolution: it keeps most of an image's pixels and, on ties, wastes the
+        fewest.
 
         Args:
             size: size of the image, (height, width) in pixels.

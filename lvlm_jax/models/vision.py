@@ -1,4 +1,5 @@
-"""Shared by vision towers: attention over patches, patches from pixels, a few images at a time."""
+"""Functions that vision towers share: attention over patches, patches from pixels, and runs over a few images at a
+time."""
 
 from collections.abc import Callable
 from functools import partial
@@ -79,7 +80,7 @@ def in_turn(module: nn.Module, call: Callable[..., Any], parts: tuple[Array, ...
     """`call(module, *part)` for each of the N entries along the second axis of `parts`, one after the other."""
 
     def one(module: nn.Module, carry: tuple, index: Array) -> tuple:
-        # Not as inputs of the scan, which would be copied with the second axis in front.
+        # The parts are not inputs of the scan, because it would copy them with the second axis in front.
         part = (jax.lax.dynamic_index_in_dim(array, index, axis=1, keepdims=False) for array in parts)
         return carry, call(module, *part)
 
@@ -118,8 +119,8 @@ def with_edited_outputs(encode: Callable[[], Any], name: str, edit: Callable[[in
 
     Args:
         encode: runs the tower.
-        name: of the modules: "v_proj" for values `[R, P, C]`; "mlp" for outputs of feed-forward blocks `[R, P, W]`, of
-            which a call may have a part of the patches.
+        name: name of the modules: "v_proj" for values `[R, P, C]`; "mlp" for outputs of feed-forward blocks `[R, P,
+            W]`, where a call may have only some of the patches.
         edit: gets the layer and the output.
     """
     inside: list[tuple] = []  # a projection calls its base class, which is intercepted too

@@ -1,4 +1,4 @@
-"""Columns written into a bfloat16 cache, lowered to `few_rows.cc`: in place, and bit for bit.
+"""Writes columns into a bfloat16 cache, in place and bit for bit; lowered to `few_rows.cc`.
 
 XLA's CPU backend updates an array of bfloat16 in float32: it converts and copies the whole cache at every decode step.
 """
@@ -51,7 +51,7 @@ def _shape(array, new, index):
 
 
 def _call(array: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
-    # Without a reshape: XLA would copy the array for it.
+    # No reshape here, for which XLA would copy the array.
     kind = jax.ShapeDtypeStruct(array.shape, array.dtype)
     return jax.ffi.ffi_call(build.COLUMNS, kind, input_output_aliases={0: 0})(array, new, jnp.int32(index))
 

@@ -64,7 +64,7 @@ def _shape(x, matrices, *, out_first):
 
 
 def _sums(matrices: Any) -> Any:
-    """The dtype of sums: twice as wide as 16-bit matrices, and also in a program on wider numbers (`planning`)."""
+    """The dtype of sums, which is wider than that of the matrices; `planning` traces programs with wider matrices."""
     return jnp.float32 if matrices.dtype in _HALF else jnp.float64
 
 

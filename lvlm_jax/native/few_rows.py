@@ -33,11 +33,11 @@ def few_rows_dot(
 ) -> Float[Array, "*T N"]:
     """x · matrix in the dtype of x, or `otherwise(x, matrix)` if that is as fast or if the case is not supported.
 
-    Native are, on a CPU: few rows on a single device with a matrix of float32, bfloat16, float16 or int8; up to
-    `SOME_ROWS` rows with a float matrix [K, N]; and any number of rows with a 16-bit matrix, which XLA would convert
-    for all layers at once (bfloat16 alone by `many_rows`, if the sizes fit). Sums are float32. On other platforms, the
-    program contains `otherwise`. Differentiation and batching are those of `otherwise`; a batch of x alone becomes more
-    rows.
+    On a CPU, these products run natively: few rows on a single device with a matrix of float32, bfloat16, float16 or
+    int8; up to `SOME_ROWS` rows with a float matrix [K, N]; and any number of rows with a 16-bit matrix, which XLA
+    would convert for all layers at once (bfloat16 alone by `many_rows`, if the sizes fit). Sums are float32. On other
+    platforms, the program contains `otherwise`. Differentiation and batching are those of `otherwise`; a batch of x
+    alone becomes more rows.
 
     Args:
         x: rows.

@@ -18,11 +18,11 @@ import time
 
 PATIENCE = 1.0  # seconds between the first sign of a report and its end
 
-# Beginnings of the lines of XLA's process monitoring, also in the middle of a line that a progress bar began: the time,
-# a thread, and the source file.
+# The beginning of a line of XLA's process monitoring: the time, a thread, and the source file. It may follow a progress
+# bar on the same line.
 SIGN = re.compile(rb"[WEF]\d{4} \d\d:[\d:.]+ +\d+ (coordination_service\w*|preemption_sync_manager|client)\.\w+:\d+\]")
 REPORT = b"Terminating process because the JAX distributed service detected fatal errors"
-END = b"*** Check failure stack trace"  # appears at once, and takes a tenth of a second to write
+END = b"*** Check failure stack trace"  # follows the report at once; the trace itself takes a tenth of a second
 
 
 def explanation(report: str, host: str, timeout: str, patience: str) -> str:

@@ -34,13 +34,13 @@ def read(computations: Computations, times: Mapping[str, float], devices: int) -
     """The data that one device of a partitioned module receives.
 
     Args:
-        found, times: see `hlo.computations` and `runs`.
+        computations, times: see `hlo.computations` and `hlo.runs`.
         devices: how many devices run it.
     """
     received: dict[int, float] = {}
     count = 0.0
     for name, instructions in computations.items():
-        # A message in two parts: the second has the result; the first has the operand beside it.
+        # An asynchronous message has two instructions: the result of the first also contains the operand.
         ends = {one.operands[0]: one for one in instructions if one.operation.endswith("-done")}
         for one in instructions if times[name] else ():
             operation = one.operation.removesuffix("-start")

@@ -18,18 +18,18 @@ from lvlm_jax.compilation import GPU_OPTIONS
 from lvlm_jax.errors import LVLMError
 
 NAMES = ("tpu", "cuda")
-HERE, STAND_IN = "cpu", "none"  # XLA's compiler for CPUs: for this one, or in the place of an accelerator's
+HERE, STAND_IN = "cpu", "none"  # XLA's CPU compiler: for this CPU, or as a stand-in for an accelerator's compiler
 TARGETS = (*NAMES, HERE, STAND_IN)
 AUTO = "auto"
 _TPU_HOST = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_SKIP_MDS_QUERY": "1",
-    # Or a second process would fail on a lock file.
+    # Without this, a second process would fail on a lock file.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-GPUS = 8  # of a machine
+GPUS = 8  # in a machine
 
 
 def installed() -> tuple[str, ...]:
@@ -45,12 +45,12 @@ def chosen(name: str, kinds: Sequence[str | None]) -> str:
     """The target of a plan for devices of these kinds.
 
     Args:
-        name: one of `NAMES`; `STAND_IN`; `AUTO` for the compiler of these devices where it is installed, else the
+        name: one of `NAMES`; `STAND_IN`; `AUTO` for the compiler of these devices if it is installed, else the
             stand-in.
-        kinds: of each device one of `NAMES`, or None where any will do.
+        kinds: for each device one of `NAMES`, or None if any compiler will do.
 
     Raises:
-        LVLMError: the wanted compiler is not installed, or compiles for devices of another kind.
+        LVLMError: the named compiler is not installed, or compiles for devices of another kind.
     """
     known = {kind for kind in kinds if kind is not None}
     if name == AUTO:
@@ -66,14 +66,14 @@ def chosen(name: str, kinds: Sequence[str | None]) -> str:
 
 
 def label(target: str) -> str:
-    """Whose figures those of a plan are."""
+    """The compiler from which a plan's figures come, in words."""
     if target == "tpu":
         return f"the compiler of a TPU v5e (libtpu {metadata.version('libtpu')})"
     if target == "cuda":
         plugin = next(name for name in _PLUGINS if importlib.util.find_spec(name) is not None).replace("_", "-")
         return f"the compiler of an H200 ({plugin} {metadata.version(plugin)})"
     own = f"the compiler of CPUs (jaxlib {metadata.version('jaxlib')})"
-    return own if target == HERE else f"{own} in the place of an accelerator's"
+    return own if target == HERE else f"{own} as a stand-in for an accelerator's"
 
 
 def absent_devices(name: str, count: int = 8) -> list[jax.Device]:

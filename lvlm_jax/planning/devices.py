@@ -27,7 +27,7 @@ class Device:
         link: bytes per second that one device receives from its neighbours.
         beside: how many devices the links connect, itself included.
         network: bytes per second that one device receives from all others.
-        kind: whose compiler compiles for it (`compilers.NAMES`); None if that is not known.
+        kind: the name of the compiler for it, one of `compilers.NAMES`; None if that is not known.
     """
 
     name: str

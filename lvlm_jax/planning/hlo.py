@@ -42,7 +42,7 @@ class Instruction(NamedTuple):
     @property
     def called(self) -> list[str]:
         """Computations that it runs."""
-        if self.operation in ("async-update", "async-done"):  # which their async-start has run
+        if self.operation in ("async-update", "async-done"):  # their async-start has already run it
             return []
         branches = ",".join(_BRANCHES.findall(self.rest)).split(",")
         return _CALLED.findall(self.rest) + [name.strip().lstrip("%") for name in branches if name.strip()]

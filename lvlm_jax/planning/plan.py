@@ -74,8 +74,9 @@ class Job:
         images: number of images per conversation.
         prompt_tokens: prompt tokens per conversation, image tokens included; None: the image tokens plus 48.
         new_tokens: longest answer.
-        method: of inference, or whose attention a model learns under (sft: CAPL, VAF and their like; dpo: CAPL).
-        quant: None or "int8": the decoder's weights; in training, those below adapters.
+        method: the method of inference, or the one whose attention a model is trained with (sft: CAPL, VAF and similar
+            ones; dpo: CAPL).
+        quant: None, or "int8" for the decoder's weights; in training, only with adapters.
         training: None for inference.
         folder: the checkpoint's folder, if there is one; methods that add words need its tokenizer.
     """
@@ -97,11 +98,11 @@ class Job:
     def __post_init__(self):
         of = self.training
         if of is not None and of.recipe not in RECIPES:
-            raise LVLMError(f"objective {of.recipe!r} is not planned; expected infer, {', '.join(RECIPES)}")
+            raise LVLMError(f"objective {of.recipe!r} cannot be planned; expected infer, {', '.join(RECIPES)}")
         if of is not None and self.batch % of.accumulate:
             raise LVLMError(
-                f"batch is {self.batch} and accumulate {of.accumulate}; expected a batch that can be split into that "
-                "many equal parts"
+                f"batch is {self.batch} and accumulate {of.accumulate}; expected a batch that is a multiple "
+                "of accumulate"
             )
         if of is not None and self.quant is not None and not of.lora:
             raise LVLMError(f"quant is {self.quant!r} and the parameters themselves are trained; expected adapters")
@@ -113,8 +114,8 @@ class Job:
         trained_under.refuse(self.method, self.config.text.num_layers)
         if recipe != "sft" and not (recipe == "dpo" and isinstance(self.method, CAPL)):
             raise LVLMError(
-                f"{recipe} is not trained under {self.method.label}; expected capl with dpo, or no method with capl, "
-                "which is its own"
+                f"{recipe} cannot be trained with {self.method.label}; expected capl with dpo, or no method with capl, "
+                "which has its own"
             )
 
     def replaced(self, **changes: Any) -> "Job":
@@ -131,7 +132,7 @@ class Plan:
         mesh: sizes of data, fsdp and tensor.
         parameters: of the model, on all devices together, without adapters.
         programs: in the order in which they run.
-        compiler: whose figures these are.
+        compiler: the compiler from which the figures come.
     """
 
     job: Job
@@ -168,7 +169,7 @@ class Plan:
 
 
 def plan(job: Job, target: str = compilers.STAND_IN, exact: bool = False) -> Plan:
-    """Plans a job. If a CPU compiler does it, the process must have that many (simulated) devices, see `simulate`.
+    """Plans a job. If the target is a CPU compiler, this process must have the job's number of devices, see `simulate`.
 
     Args:
         target: one of `compilers.TARGETS`.

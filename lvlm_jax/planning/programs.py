@@ -188,7 +188,7 @@ def size(tree: Any) -> float:
 
 
 def weights_read(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that every token uses: of a separate embedding table, a token reads only one row."""
+    """The parameters that every token reads: all but a separate embedding table, of which a token reads one row."""
     decoder = dict(params["language_model"])
     if "lm_head" in decoder:
         del decoder["embed_tokens"]

@@ -104,7 +104,7 @@ def _of_fusion(one: Instruction, read: list[int], written: int, inside: list[Ins
         return min(total, whole)
 
     root = next(other for other in inside if other.root)
-    # The layouts of what is inside do not say where the result lies.
+    # The layouts inside a fusion do not say in which memory the result lies.
     result = min(of_result(root.name), written)
     numbered = {int(other.operands[0]): other.name for other in inside if other.operation == "parameter"}
     return result + sum(of_operand(numbered[place], whole) for place, whole in enumerate(read))

@@ -53,7 +53,7 @@ def image_size(source: Any, allow_urls: bool = False) -> tuple[int, int]:
 
 
 def in_folder(folder: str | os.PathLike, name: str) -> pathlib.Path | str:
-    """An image that a question file names: a path relative to the folder, or an address as it is."""
+    """The image that a question file names: a path relative to the folder, or an address unchanged."""
     return name if addresses.is_address(name) else pathlib.Path(folder) / name
 
 

@@ -39,8 +39,8 @@ def check_encodes_ahead(config: FamilyConfig) -> None:
     """
     if config.tokens_per_image is None:
         raise LVLMError(
-            f"pictures of {config.model_type} cannot be encoded ahead: their tokens depend on the prompt or on the "
-            "picture's size; give the pictures themselves"
+            f"images of {config.model_type} cannot be encoded ahead: their tokens depend on the prompt or on the "
+            "image's size; give the images themselves"
         )
 
 
@@ -147,7 +147,7 @@ def _process_conversation(
         ids, part = run_processor(processor, config, text, images)
         parts = [part]
     else:  # the layout expands their placeholders later
-        # If a marker stands for more than image tokens, the processor says for what.
+        # If a marker stands for more than image tokens, the processor has an attribute with the whole sequence.
         ids = token_ids(processor, text.replace(marker, getattr(processor, "full_image_sequence", marker)))
         parts = [{"pixel_values": image.pixels[None]} for image in known]
     check_ids(ids, config)

@@ -23,7 +23,7 @@ from lvlm_jax.weights.internvl_chat import IMAGE_TOKEN
 # Attributes that transformers' processor needs of a tokenizer -> the tokens of these checkpoints.
 _MARKERS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": IMAGE_TOKEN}
 
-# Of checkpoints before InternVL 2.5; the blank after the comma is theirs.
+# System message of checkpoints before InternVL 2.5; the blank after the comma is theirs.
 _BEFORE_2_5 = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )

@@ -18,7 +18,8 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.models.pictures import Pictures, round_up_to_bucket
 
 PROMPT_BUCKET = 64  # the smallest number of columns of prompts and caches
-# Besides those of `round_up_to_bucket`: for 576 image tokens (LLaVA-1.5) and a question, 768 would be a fifth slower.
+# A bucket besides those of `round_up_to_bucket`: it fits the 576 image tokens of LLaVA-1.5 and a question, for which
+# 768 columns would be a fifth slower.
 FIXED_IMAGE = 640
 FEWEST_TAIL_ROWS = 16  # the smallest `tail_rows`; larger ones are powers of two
 
@@ -60,7 +61,7 @@ class Inputs:
 
     @property
     def tail_rows(self) -> int:
-        """A bucket of last rows that contain the post-image rows of every sample."""
+        """How many of the last rows contain the post-image rows of every sample, rounded up to a bucket."""
         columns = np.arange(1, self.tokens.shape[1] + 1)
         end = np.where(self.image_id > 0, columns, 0).max(axis=1)
         longest = np.where(end > 0, self.tokens.shape[1] - end, 0).max(initial=0)
@@ -79,7 +80,7 @@ class Inputs:
 
     @property
     def pictures(self) -> Pictures | None:
-        """The images of all samples, from the family's configuration; None without images."""
+        """The images of all samples, as the family's configuration returned them; None without images."""
         if self.pixels is None:
             return None
         counts = [np.bincount(row[row > 0])[1:] for row in self.image_id]
@@ -288,8 +289,8 @@ def number_images(placeholders: Sequence[np.ndarray], pictures: Pictures | None)
         num_taken += count
         if count and num_taken not in ends:
             raise LVLMError(
-                f"sample {row} has {count} image tokens, which do not end where one of the {len(counts)} images ends "
-                f"({', '.join(map(str, counts[:8])) or 'none was given'}); give one image for each, was it truncated?"
+                f"sample {row} has {count} image tokens, which do not fill whole images: the {len(counts)} images take "
+                f"{', '.join(map(str, counts[:8])) or 'none'}; give one image for each, and do not truncate the prompt"
             )
         number = np.zeros(len(mask), np.int32)
         number[mask] = image - image[0] + 1 if count else 0

@@ -13,7 +13,8 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def first_stop(text: str, strings: Sequence[str]) -> int | None:
-    """The beginning of the stop string that is complete first; this does not depend on how often one checks."""
+    """Where the stop string that is complete first begins; the result does not depend on how often the text is
+    checked."""
     ends_and_starts = [(place + len(string), place) for string in strings if (place := text.find(string)) >= 0]
     return min(ends_and_starts)[1] if ends_and_starts else None
 

@@ -57,7 +57,7 @@ class App:
             self._route("/v1/models/{name:path}", self._model, "GET"),
             self._route("/v1/methods", self._methods, "GET"),
             self._route("/v1/chat/completions", self._chat, "POST"),
-            # Their names cannot be guessed, and a browser sends no key when it follows a link.
+            # Open to everybody: the pages' names cannot be guessed, and a browser sends no key when it follows a link.
             self._route("/attention/{name}", self._attention, "GET", open=True),
             self._route("/attention/{name}/maps", self._maps, "GET", open=True),
         ]
@@ -154,7 +154,7 @@ class App:
             whole = await _unless_gone(request, service.whole(ask, prompt))
             return JSONResponse(whole, headers=headers)
         chunks = service.chunks(ask, prompt)
-        # So that errors at the start have their own status.
+        # Await the first chunk before the response begins, so that early errors have their own HTTP status.
         first = await _unless_gone(request, anext(chunks))
 
         async def events() -> AsyncIterator[bytes]:

@@ -146,7 +146,7 @@ class Reader:
         except pydantic.ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"]))
-            param = str(first["loc"][0]) if first["loc"] else None  # none where the body itself is at fault
+            param = str(first["loc"][0]) if first["loc"] else None  # None if the body itself is wrong
             raise ApiError(422, f"{where or 'the body'}: {first['msg']}", param=param) from error
 
     def _decodings(self, request: ChatRequest, ignored: list[str]) -> list[Decoding]:

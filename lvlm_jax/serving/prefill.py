@@ -92,11 +92,11 @@ class Prefill:
         return prompt.prefilled is not None
 
     def shares(self, method: Method | None) -> bool:
-        """Whether the columns before the cut of a prompt are the model's alone, whatever the method's strengths."""
+        """Whether the columns before a prompt's cut depend only on the model, and not on the method."""
         return prefixes.shares(self._model.config, method)
 
     def long(self, prompt: Prompt, method: Method | None) -> bool:
-        """Whether a prompt is run in chunks, none of which has been run."""
+        """Whether a prompt will be run in chunks, and none of them has been run yet."""
         if prompt.prefilled is not None or prompt.work is not None or prompt.cut <= chunks.ROWS:
             return False
         return prompt.key not in self.prefixes and self.shares(method)

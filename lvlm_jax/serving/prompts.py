@@ -1,4 +1,4 @@
-"""Lays out a conversation in columns that few program sizes serve; runs in a pool of threads.
+"""Lays out a conversation in one of few sizes, so that few programs are compiled; runs in a pool of threads.
 
 A prompt is cut after its last image: the part before the cut is the same for all questions about the same images, so
 its keys and values can be cached (`prefill`). Each part has a number of columns from a fixed series; padding is on the
@@ -18,7 +18,7 @@ from lvlm_jax.lvlm import LVLM
 from lvlm_jax.processors import inputs, load
 from lvlm_jax.processors.layout import PROMPT_BUCKET, Inputs
 
-SMALLEST_REST = 32  # columns after the images: powers of four from here
+SMALLEST_REST = 32  # the fewest columns after the images; larger numbers are this times a power of four
 
 
 def columns_before(tokens: int) -> int:

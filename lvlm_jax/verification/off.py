@@ -66,7 +66,7 @@ def check(model: LVLM, prompt: Inputs, names: tuple[str, ...]) -> Result:
     for name in names:
         try:
             if name not in NO_STRENGTH:
-                raise LVLMError("it has no strength to take away")
+                raise LVLMError("it has no strength that can be set to zero")
             method = methods.get(name)(**NO_STRENGTH[name])
             with_method, _ = _steps(model, prompt, method, forced)
         except LVLMError as error:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lvlm_jax.errors import LVLMError
 
-_IS_FOLDER = 0x10  # attribute of a zip record; torch would leave the memory of such a tensor as it is
+_IS_FOLDER = 0x10  # attribute of a zip record; torch would leave the memory of such a tensor uninitialised
 
 
 class BinFile:

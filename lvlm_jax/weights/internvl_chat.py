@@ -1,15 +1,15 @@
 """Converts OpenGVLab's own checkpoint layout (`model_type` internvl_chat) to a normal InternVL configuration.
 
-The models are those of the "-hf" repositories under other names; `weights/internvl.py` has both. Their configuration
-differs in four ways:
+The models are those of the "-hf" repositories under other names; `weights/internvl.py` has the names of both. Their
+configuration differs in four ways:
 
 - the tower's fields have other names and defaults;
 - the decoder may be an InternLM2 or InternLM3, for which transformers has no code and needs none: both compute the same
   as LLaMA, apart from bias flags;
 - only the tokenizer defines the image token, and answers end with the chat format's own token, whatever the decoder's
   configuration says;
-- it also defines how images are split into tiles and how prompts are written. The new configuration keeps both, under
-  their old names.
+- the configuration also defines how images are split into tiles and how prompts are written; the new configuration
+  keeps these fields, under their old names.
 """
 
 from pathlib import Path

@@ -40,7 +40,7 @@ def attach_adapters(
     Args:
         params: nested dict of parameters without adapters, of arrays or of their shapes.
         rank: columns of A and rows of B.
-        alpha: the term is scaled by `scale_of` it.
+        alpha: determines the factor of A B; see `scale_of`.
         targets: a regular expression, searched in paths such as "language_model/layers_0/mlp/up_proj".
         dropout: rate at which inputs of A are dropped in training; at 0 there is no `lora_dropout` leaf and nothing is
             drawn.
@@ -80,14 +80,14 @@ def detach_adapters(params: Mapping, targets: str, dropout: float) -> tuple[dict
 
     Args:
         params: nested dict of parameters with adapters, as `peft.load_adapter` returns it.
-        targets: as in `attach_adapters`; it must find the modules that have an adapter and no other ones.
-        dropout: as in `attach_adapters`; it takes the place of the rate that the adapters had.
+        targets: as in `attach_adapters`; it must match the modules that have an adapter and no other ones.
+        dropout: as in `attach_adapters`; it replaces the rate that the adapters had.
 
     Returns:
         (adapters, frozen), as `attach_adapters` does.
 
     Raises:
-        LVLMError: a rate out of range, or targets that find other modules.
+        LVLMError: a rate out of range, or targets that match other modules.
     """
     _check_dropout(dropout)
     flat = flatten(params)
@@ -95,9 +95,9 @@ def detach_adapters(params: Mapping, targets: str, dropout: float) -> tuple[dict
     base = {path: leaf for path, leaf in flat.items() if not path.endswith(LORA_LEAVES)}
     targeted = _target_kernels(base, targets)
     if odd := sorted(set(adapted).symmetric_difference(targeted)):
-        what = "has none for" if odd[0] in targeted else "is also for"
+        what = "does not change" if odd[0] in targeted else "also changes"
         raise LVLMError(
-            f"the pattern of LoRA targets, {targets!r}, finds other modules than the adapter is for: it {what} "
+            f"the pattern of LoRA targets, {targets!r}, does not match the modules of the adapter, which {what} "
             f"{odd[0]}; set {_pattern(adapted, base)}"
         )
     rate = np.float32(dropout)
@@ -115,7 +115,7 @@ def _divided(flat: Mapping) -> tuple[dict, dict]:
 
 
 def _pattern(modules: list[str], base: Mapping) -> str:
-    """How to set lora.targets so that it finds these modules and no other ones."""
+    """How to set lora.targets so that it matches these modules and no other ones."""
     names = "|".join(sorted({module.rpartition("/")[2] for module in modules}))
     for pattern in (rf"language_model/.*({names})$", rf"({names})$"):
         if {module for module in projections(base) if re.search(pattern, module)} == set(modules):
@@ -131,8 +131,8 @@ def _uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def merge(params: Mapping) -> dict:
     """The parameters with every adapter merged into its kernel, W + scale · A B in float32, and without adapter leaves.
 
-    Kernels keep their dtype and place. A tree without adapters is returned unchanged; the constants of a frozen part
-    are removed.
+    Kernels keep their dtype and place. A tree without adapters is returned unchanged, apart from the constants
+    `lora_scale` and `lora_dropout`, which are removed.
 
     Raises:
         LVLMError: an adapter is beside an int8 kernel, whose steps are larger than the adapter's changes.

@@ -4,7 +4,7 @@ An adapter's tensors are named after their torch modules, which the model's key 
 module + `.lora_A.weight` [r, in] and `.lora_B.weight` [out, r].
 
 If a torch module combines several of our projections (`Adapted.pieces`), loading gives each of them the whole A and its
-own rows of B. Saving makes one adapter of theirs: A stacks their A, and B is block-diagonal.
+own rows of B. Saving combines their adapters into one, which stacks their A and has a block-diagonal B.
 """
 
 import dataclasses
@@ -141,7 +141,8 @@ def load_adapter(folder: str | os.PathLike, params: Mapping, config: FamilyConfi
 
 
 def brings_whole(folder: Path) -> str | None:
-    """Name of a file or tensor in an adapter's folder besides the adapter, as `load_adapter` would load it, or None."""
+    """The name of a file or tensor with whole parameters that `load_adapter` would load from a folder; None without
+    one."""
     if trained := trained_files(folder):
         return trained[0].name
     return next((name for name in _open(folder).shapes if ".lora_" not in name), None)
@@ -169,7 +170,7 @@ class Adapted:
 
     @classmethod
     def of(cls, parts: Mapping[str, Piece | None]) -> "Adapted":
-        """Makes it from the piece of each path."""
+        """The module that contains these projections; `parts` maps their paths to pieces."""
         paths = sorted(parts, key=lambda path: parts[path].index if parts[path] else 0)
         return cls(tuple(paths), tuple(parts[path] for path in paths))
 

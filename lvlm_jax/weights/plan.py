@@ -63,13 +63,13 @@ class Faults:
         self.tensors: dict[str, list[str]] = {}
 
     def add(self, kind: str, what: str) -> None:
-        """Records one tensor; a fused one once for all its parts."""
+        """Records a faulty tensor; a fused one is recorded once, not once per part."""
         tensors = self.tensors.setdefault(kind, [])
         if what not in tensors:
             tensors.append(what)
 
     def check(self, where: Any, what: str = "its configuration") -> None:
-        """Raises an LVLMError of one line if anything was recorded; `what` is what tensors of `where` should fit."""
+        """Raises an LVLMError of one line if anything was recorded: the tensors of `where` do not fit `what`."""
         if not self.tensors:
             return
         counts = dict.fromkeys(self.tensors, 0)
@@ -78,7 +78,7 @@ class Faults:
             parts = [_count_text(kind, tensors, counts[kind]) for kind, tensors in self.tensors.items()]
             return f"the tensors of {where} do not fit {what}: {'; '.join(parts)}"
 
-        # Each kind names one tensor before a second one is named, as far as the message has room.
+        # The message names one tensor of each kind before the second of any, as far as it has room.
         for place in range(max(map(len, self.tensors.values()))):
             for kind, tensors in self.tensors.items():
                 if counts[kind] == place < len(tensors):

@@ -57,7 +57,7 @@ def save_checkpoint(
         scheme: the naming scheme, one of those of the family's key table.
         max_shard_size: bytes above which the weights are split into several files with an index.
         overwrite: replace an existing checkpoint folder.
-        training: the record of how the parameters came about, written as `training.json`.
+        training: the record of how the parameters were made, written as `training.json`.
 
     Returns:
         The folder.
@@ -122,7 +122,7 @@ def _check_target(folder: Path, overwrite: bool) -> None:
 
 @dataclasses.dataclass
 class _Tensor:
-    """A tensor to save: its parameters (several of a fused one, in order) with their rows, and its dtype and shape in
+    """A tensor to save: its parameters (several if it is fused, in order) with their rows, and its dtype and shape in
     the file."""
 
     parts: list[tuple[Row, jax.Array]]

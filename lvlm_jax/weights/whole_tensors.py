@@ -1,8 +1,8 @@
 """Whole tensors in an adapter's folder, which replace the base model's.
 
-LLaVA's own LoRA training, and trainings made after it, store parameters that they trained besides the adapters, above
-all the projector, in files of the names `TRAINED`. PEFT stores embedding and output layer whole if an adapter changes
-one of them.
+LLaVA's own LoRA training, and training code modelled on it, store parameters that they trained besides the adapters,
+above all the projector, in files of the names `TRAINED`. PEFT stores embedding and output layer whole if an adapter
+changes one of them.
 """
 
 from collections.abc import Mapping

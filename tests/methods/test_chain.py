@@ -84,10 +84,10 @@ def test_memory_and_carry_reach_each_member(model, mixed, method, idle):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ((VCD(), PAI(start_layer=0)), "VCD and PAI cannot be chained: each wants its own contrast branch"),
-        ((CMAC(), DoLa()), "CMAC and DoLa cannot be chained: each wants its own combination of logits"),
-        ((CMAC(), methods.DeCo(layers=(60, 70))), "each wants its own combination of logits"),
-        ((CMAC(imd=False), CMAC(imd=False)), "each wants its own positions"),
+        ((VCD(), PAI(start_layer=0)), "VCD and PAI cannot be chained: each needs its own contrast branch"),
+        ((CMAC(), DoLa()), "CMAC and DoLa cannot be chained: each needs its own combination of logits"),
+        ((CMAC(), methods.DeCo(layers=(60, 70))), "each needs its own combination of logits"),
+        ((CMAC(imd=False), CMAC(imd=False)), "each needs its own positions"),
         ((), "at least one method"),
     ],
 )

@@ -158,7 +158,7 @@ def test_instructions_come_in_few_lengths_and_image_tokens_not_ahead(vicuna, tmp
         given["qformer_attention_mask"] = np.ones((1, length), int)
         shapes.add(vicuna[1].prepare(given).geometry["words"].shape)
     assert shapes == {(1, 16), (1, 32)}
-    with pytest.raises(LVLMError, match="pictures of instructblip cannot be encoded ahead"):
+    with pytest.raises(LVLMError, match="images of instructblip cannot be encoded ahead"):
         vicuna[1].encode_images([np.zeros((28, 28, 3), np.uint8)])
     INSTRUCTBLIP.write_processor(tmp_path, False)
     for file in (tmp_path / "qformer_tokenizer").iterdir():

@@ -141,7 +141,7 @@ def test_the_command_prints_a_plan_and_writes_it(command, tmp_path):
     )
     assert code == 0
     assert "batch 1, CMAC" in printed and "decode" in printed
-    assert "figures by the compiler of CPUs (jaxlib" in printed and "in the place of an accelerator's" in printed
+    assert "figures by the compiler of CPUs (jaxlib" in printed and "as a stand-in for an accelerator's" in printed
     (found,) = json.loads(out.read_text())["plans"]
     largest = found["programs"][found["largest"]]["bytes"]
     assert found["bytes"] == pytest.approx(sum(largest.values()), abs=9)
@@ -172,11 +172,11 @@ def test_a_table_has_a_row_for_every_count(command):
         (["7b", "--prompt-tokens", "5000"], "less than the context of 4096"),
         (["7b", "--method", "sevi", "--start-layer", "40"], "are none of this model's 32 layers"),
         (["7b", "--method", "opera"], "OPERA is a search"),
-        (["7b", "--objective", "ppo"], "objective 'ppo' is not planned; expected infer, sft, dpo, capl"),
+        (["7b", "--objective", "ppo"], "objective 'ppo' cannot be planned; expected infer, sft, dpo, capl"),
         (["7b", "--objective", "dpo", "--method", "cmac"], "nothing can be trained under CMAC"),
-        (["7b", "--objective", "capl", "--method", "capl"], "capl is not trained under CAPL"),
+        (["7b", "--objective", "capl", "--method", "capl"], "capl cannot be trained with CAPL"),
         (["7b", "--objective", "sft", "--quant", "int8", "--full"], "expected adapters"),
-        (["7b", "--objective", "dpo", "--batch", "3", "--accumulate", "2"], "split into that many equal parts"),
+        (["7b", "--objective", "dpo", "--batch", "3", "--accumulate", "2"], "a multiple of accumulate"),
         (["7b", "--compiler", "tpu", "--device", "h100"], "does not compile for a device of kind cuda"),
         (["7b", "13b"], "2 models were given; expected one, or --table"),
         (["7b", "--table", "--counts", "8,x"], "--counts is '8,x'"),

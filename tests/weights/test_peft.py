@@ -185,7 +185,7 @@ def test_gradients_of_pefts_adapter_are_pefts(base, model, question, load, tmp_p
     for name, tensor in found.items():
         scale = expected[name].abs().max()
         assert scale > 1e-4 and (tensor - expected[name]).abs().max() < 1e-4 * scale, name
-    message = r"finds other modules .* none for .*; set lora.targets='language_model/\.\*\(down_proj\|q_proj\)\$'"
+    message = r"the adapter, which does not change .*; set lora.targets='language_model/\.\*\(down_proj\|q_proj\)\$'"
     refused(message, lora.detach_adapters, load(tmp_path), lora.TARGETS, 0.0)
 
 
