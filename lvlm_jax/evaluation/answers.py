@@ -59,7 +59,7 @@ class AnswerFormat:
         identity: converts an id in the file to that of the question.
         in_order: whether to read rows `{question, answer}` without an id too, in the order of the questions.
         repeats: whether a prompt contains the question unchanged, so that answers to another question are refused.
-        blocks: groups with the ids 1, 2, ..., with 10000001, ..., with 20000001, ..., if one file numbers them so.
+        blocks: groups in one file whose ids begin at 1, 10000001, 20000001, and so on, in this order.
     """
 
     name: str = "answers.jsonl"
@@ -212,7 +212,7 @@ def match(
 
     Args:
         partial: leave out questions without an answer instead of raising.
-        known: groups of the protocol; answers to those of them without a question are ignored.
+        known: groups of the protocol; answers in groups without questions are ignored.
 
     Raises:
         LVLMError: an answer belongs to no question, to several, or to one that already has an answer; it repeats

@@ -44,7 +44,7 @@ _TUPLES = frozenset(("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE3"))
 
 
 def _walk(content: bytes) -> None:
-    """Reads the opcodes of a pickle without executing them, and refuses small files that would cost much.
+    """Reads the opcodes of a pickle without executing them, and refuses files that would take much time or memory.
 
     A high memo index makes the unpickler allocate a table of that size. Nested tuples, each with the previous one
     twice, take 2^depth steps to hash; here tuples may only be the arguments of a call that follows. Numbers of more

@@ -175,7 +175,7 @@ def said_yes(questions: Sequence[Question], answers: Mapping[Key, str], protocol
 
 
 def fitted_threshold(odds: Sequence[float], yes: int) -> float:
-    """The threshold with the number of log-odds above it closest to `yes`; on ties the higher threshold.
+    """The threshold for which the number of log-odds above it is closest to `yes`; on ties the higher threshold.
 
     It lies half-way between two log-odds, or beyond all of them.
     """

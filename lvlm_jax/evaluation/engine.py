@@ -27,11 +27,11 @@ from lvlm_jax.journal.place import commit, machine
 from lvlm_jax.journal.progress import Progress
 from lvlm_jax.methods import Method
 
-Prompt = list[int]  # the numbers of the questions that it answers
-# From conversations, with one random seed and the question of each, to plain JSON values, which are logged.
+Prompt = list[int]  # the numbers of the questions that one prompt asks
+# Maps conversations, with one random seed and the question of each, to plain JSON values, which are logged.
 Respond = Callable[[list[list[dict]], list[int], list[Question]], list[dict]]
-# From batches of prompts, the size of a full batch, and a function that makes a request of a prompt, to prompts with
-# their logged values, some at a time.
+# Maps batches of prompts, the size of a full batch, and a function that makes a request of a prompt, to an iterator
+# over groups of prompts with their logged values.
 Rounds = Callable[[list[list[Prompt]], int, Callable[[Prompt], Request]], Iterator[list[tuple[Prompt, dict]]]]
 
 

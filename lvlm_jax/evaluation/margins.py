@@ -1,7 +1,7 @@
 """How much a model prefers the right answer: log p(right) - log p(likeliest wrong option), of every question.
 
-Answers that are right or wrong say little of a model that changes a little. The margin of every question does, whether
-its answer changes or not. `evaluation.options` measures margins; here they are written, read, and made figures of.
+Right and wrong answers show little of a small change in a model. The margins show it, even for questions whose answers
+stay the same. `evaluation.options` measures margins; this module writes and reads them, and computes figures from them.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Measures how much a model prefers the right one of a question's options (`evaluation.margins`).
+"""Measures how much a model prefers a question's right option to the others (`evaluation.margins`).
 
 Options are scored as the method would have written them (`generation.forcing`), stop token included.
 """

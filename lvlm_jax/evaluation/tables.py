@@ -52,7 +52,7 @@ def _tsv(path: Path) -> Iterator[tuple[int, dict]]:
         raise LVLMError(f"question file {str(path)!r} is empty; expected a heading and at least one row")
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
-            raise LVLMError(f"row {number} of question file {str(path)!r} has not as many cells as the heading")
+            raise LVLMError(f"row {number} of question file {str(path)!r} does not have the heading's cells")
         yield number, {name: cell for name, cell in row.items() if cell != ""}
 
 
@@ -88,7 +88,7 @@ def as_list(value, where: str) -> list:
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
         else:
-            raise LVLMError(f"{where} begins like a list but is none: {value[:40]!r}")
+            raise LVLMError(f"{where} begins like a list but is not a list: {value[:40]!r}")
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 

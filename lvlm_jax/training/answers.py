@@ -1,4 +1,4 @@
-"""Answers of the model in training to a few held-out prompts, for people to read, and how many are right."""
+"""Answers of the model in training to a few held-out prompts: people read them, and the log counts the right ones."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

@@ -199,7 +199,8 @@ def _brief(error: BaseException) -> str:
 
 
 def _ignore_closed_loops() -> None:
-    """After an error, Orbax closes the event loop of TensorStore's other reads, each of which would print an error."""
+    """Silences TensorStore's other reads after an error: Orbax closes their event loop, and each would print an
+    error."""
     others = sys.unraisablehook
 
     def hook(event: Any) -> None:

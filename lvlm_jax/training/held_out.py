@@ -1,7 +1,7 @@
 """Scores of flow alignment on held-out answers: one unit per row, so that figures have bootstrap intervals.
 
-How far the next-token distributions of base and student are from the edited teacher's, KL(teacher ‖ model) in nats per
-answer token.
+The score of base and student is the distance of their next-token distributions from the edited teacher's: KL(teacher ‖
+model) in nats per answer token.
 """
 
 from collections.abc import Mapping, Sequence

@@ -49,13 +49,13 @@ FIELDS = {
 DOCS = {
     "loss": f"{', '.join(preference.LOSSES)}; several with weights as in '0.8*sigmoid + 0.2*bco_pair + sft'",
     "beta": "how strongly the policy is tied to the reference",
-    "label_smoothing": f"of {', '.join(preference.SMOOTHED)}: share of pairs whose order is wrong",
+    "label_smoothing": f"for {', '.join(preference.SMOOTHED)}: share of pairs whose order is wrong",
     "nll": "weight of the chosen answer's negative log-likelihood",
     "method": "attention of policy and reference: capl, or none",
-    "sigma": "of capl: weight of the cross-image softmax",
-    "rho": "of capl: share of each image's tokens that is selected",
+    "sigma": "for capl: weight of the cross-image softmax",
+    "rho": "for capl: share of each image's tokens that is selected",
     "reference": "adapter_off (the model without an adapter, in each step), precomputed (the model that training "
-    "begins with, once), or auto: precomputed where samples are seen again, with lora.start, and without LoRA",
+    "begins with, once), or auto: precomputed if samples are seen again, with lora.start, and without LoRA",
 }
 REFERENCE = one_of("reference", ("auto", "adapter_off", "precomputed"))
 BETA = Check("beta", "a number above 0, such as 0.1", lambda value: value > 0)
@@ -191,7 +191,7 @@ def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> l
 def with_reference(samples: Samples, scorer: Scorer, reference: str, workdir: Path) -> Samples:
     """The samples, with the log-probabilities of their answers if `reference` is "precomputed" or "auto" chooses that.
 
-    One pass over all samples costs as much as the reference's pass over as many samples in the steps.
+    It pays if steps use samples more than once: one pass over all samples replaces the reference's pass in every step.
     """
     of = samples.config.lora
     chosen = samples.seen_again or of.start or not of.enabled

@@ -47,7 +47,7 @@ FIELDS = (
         "parameters",
     ),
     Field("data", "", "the training file, or several, separated by commas; required"),
-    Field("data_shares", "", "how often each of several files is drawn from, as in 2,1; empty: by its rows"),
+    Field("data_shares", "", "shares of several training files in the batches, as in 2,1; empty: by their rows"),
     Field("validation", "", "the held-out file, or several; empty: no evaluation"),
     Field("ignore", "", "columns of these files that the run may ignore, separated by commas"),
     Field("train", r"^(language_model|connector)/", "parameters trained without LoRA, a regex on their paths"),
@@ -84,11 +84,11 @@ FIELDS = (
     Field("loop.evaluate_every", 100, "steps from one evaluation to the next"),
     Field("loop.save_every", 100, "steps from one checkpoint to the next"),
     Field("loop.keep", 2, "number of newest checkpoints to keep"),
-    Field("loop.keep_best", "", "also keep the one where this metric, such as val/loss, was lowest"),
+    Field("loop.keep_best", "", "also keep the checkpoint with the lowest value of this metric, such as val/loss"),
     Field("loop.patience", 0, "stop after this number of evaluations without a lower keep_best; 0: never"),
     Field("loop.answers", 0, "number of held-out prompts answered at each evaluation, for you to read"),
     Field("loop.answer_tokens", 64, "maximum number of new tokens of these answers"),
-    Field("loop.logger", "", "where to send records too: wandb, or module:function of (step, values)"),
+    Field("loop.logger", "", "a further destination of records: wandb, or module:function of (step, values)"),
 )
 
 
@@ -193,15 +193,15 @@ def check(config: ConfigDict) -> None:
             raise LVLMError(f"{key} is {shown(values[key])}; expected {expectation}")
     if config.batch % config.accumulate:
         raise LVLMError(
-            f"batch is {config.batch} and accumulate {config.accumulate}; expected a batch that can be cut into "
-            "that many equal parts"
+            f"batch is {config.batch} and accumulate {config.accumulate}; expected a batch that is a multiple of "
+            "accumulate"
         )
     if not config.lora.enabled and (config.lora.start or config.lora.rslora):
         raise LVLMError("lora.start and lora.rslora belong to adapters and lora.enabled is False; leave them out")
     if config.loop.patience and not config.loop.keep_best:
         raise LVLMError("loop.patience needs a metric to watch; set loop.keep_best, such as val/loss")
     if config.loop.answers and not config.validation:
-        raise LVLMError("loop.answers asks held-out prompts and there are none; set validation, or loop.answers=0")
+        raise LVLMError("loop.answers needs held-out prompts and there are none; set validation, or loop.answers=0")
     if entry.check:
         entry.check(config)
 

@@ -1,4 +1,4 @@
-"""The method whose attention a model learns under, and why most methods cannot be one.
+"""The method whose attention a model is trained with, and why most methods cannot be used so.
 
 Training runs all rows of a conversation at once, through one branch. For each answer token it must compute the same as
 a generation under the method. So an edit of a row may depend only on that row, and must treat rows of an answer like
@@ -14,12 +14,12 @@ from lvlm_jax.methods import Method
 from lvlm_jax.methods.parse import method_for
 from lvlm_jax.training.registry import Check
 
-DOC = "whose attention the model learns under, in the words of --method, such as capl or vaf:enhance=1.2; or none"
-CHECK = Check("method", "a method in the words of --method, or none", lambda value: isinstance(value, str))
+DOC = "method whose attention the model is trained with, as for --method, such as capl or vaf:enhance=1.2; or none"
+CHECK = Check("method", "a method as for --method, or none", lambda value: isinstance(value, str))
 
 
 def method_of(words: Any, model: LVLM, name: str) -> Method | None:
-    """The method to learn under; None for "none".
+    """The method whose attention to train with; None for "none".
 
     Args:
         words: as `methods.parse` takes them.
@@ -45,7 +45,7 @@ def _against(method: Method, num_layers: int) -> str:
     if method.search is not None:
         return "is a search, which gives answers no likelihood"
     if method.combines or len(method.branches()) > 1:
-        return "makes its logits of several branches or early exits, and training runs one branch"
+        return "combines the logits of several branches or early exits, and training runs one branch"
     if method.warm_up_fields:
         return "needs a warm-up pass over every prompt"
     if method.tower_edit() is not None:

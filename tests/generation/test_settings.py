@@ -45,7 +45,7 @@ BAD = [
       for name, (expected, values) in WRONG.items() for value in values),
     ("temperature", 10**5000, f"is a very long int; {TEMPERATURE}"),
     ("seed", [1, -2], f"is -2; {SEED}"),
-    *((name, value, "has more than 100000 items; expected at most that many")
+    *((name, value, "has too many items; expected at most 100000")
       for name, value in (("seed", range(10**12)), ("stop", range(10**12)), ("stop_token_ids", itertools.count()))),
     ("stop", ["a", ""], "string is empty, and every answer begins with it; leave it out"),
     ("stop_token_ids", [-1], f"is -1; {WHOLE}"),

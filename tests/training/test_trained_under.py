@@ -95,7 +95,7 @@ def test_other_methods_are_refused_by_name():
 def test_words_that_name_no_method(model, data, tmp_path):
     for words, message in (
         ("nothing", "nothing"),
-        ("pai", "under PAI: it makes its logits of several branches"),
+        ("pai", "under PAI: it combines the logits of several branches"),
         ("vaf", "none of this model's 2 layers"),
     ):
         with pytest.raises(LVLMError, match=message):

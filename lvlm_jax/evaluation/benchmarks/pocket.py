@@ -39,7 +39,7 @@ PROTOCOLS = (
     Protocol(
         "pocket/question-first",
         "pocket",
-        "the same and comparisons of images, the question before them",
+        "the same and comparisons of images, with the question before the images",
         "short",
         16,
         template="{question}{images}",
@@ -62,7 +62,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
     """The questions of the protocol's kinds.
 
     Raises:
-        LVLMError: the file or (with `need_images`) a picture is missing, a row is malformed, an id occurs twice.
+        LVLMError: the file or (with `need_images`) an image is missing, a row is malformed, an id occurs twice.
     """
     ((path,),) = question_files(data, protocol).values()
     groups = folders.chosen_groups(data, protocol.groups, protocol.name, "kind")
@@ -92,7 +92,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
 
 
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
-    """Counts right answers, and those of one constant per kind; "strict" parses yes/no answers, words the others."""
+    """Counts the model's right answers, and those of one constant answer per kind. "strict" parses yes/no answers."""
     constants = blind(questions)
     tally, unparsed = Tally(), 0
     for question in questions:
@@ -124,7 +124,8 @@ def blind(questions: Sequence[Question]) -> dict[str, str]:
 
 
 def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
-    """Accuracy, that of the blind constant, and the difference; margins where they were measured; all, then by kind."""
+    """Accuracy, that of the blind constant, and the difference, over all questions and by kind; also margins, if
+    measured."""
     by_name = {}
     for heading, prefix in (("", ""), *((f"{group}: ", f"{group}/") for group in groups)):
         total, right, constant = (f"{prefix}{name}" for name in _COUNTED)

@@ -46,7 +46,7 @@ class Example:
     Attributes:
         baseline: the model without a method.
         group: its split or subtask.
-        question: the prompt; its number where the answer file does not have it (AMBER).
+        question: the prompt, or its number if the answer file does not contain it (AMBER).
         without: the answer without a method.
         answers: runs with a method, each with its answer.
         fixed: whether the answers with a method are right; else the one without is.
@@ -155,7 +155,7 @@ def read(run: Run) -> dict[tuple[str, str], Answer]:
             keys = [key for key in by_id.get(identity, []) if group in (None, key[0])]
             if len(keys) != 1:
                 continue
-            # A description is known by the number of its image.
+            # A description is identified by the number of its image.
             if keys[0][0] in run.benchmark.descriptions and _number(identity) in image_of:
                 answer = dataclasses.replace(answer, images=(image_of[_number(identity)],))
             answers[keys[0]] = answer
@@ -177,7 +177,7 @@ def _rows(path: Path, run: Run) -> Iterator[tuple[str, str | None, Answer]]:
     nth: Counter = Counter()
     for row in answers.read([(None, path)], run.benchmark.answers, protocol.groups):
         nth[row.group, row.images] += 1
-        # MME's rows have no ids: a question is known by its image, and by whether it is the first or the second.
+        # MME's rows have no ids: a question is identified by its image, and by whether it is the first or the second.
         identity = f"{row.images[0]}/{nth[row.group, row.images]}" if row.id is None else row.id
         yield (identity, row.group if row.group in groups else None, Answer(row.text, row.prompt or same, row.images))
 
@@ -199,7 +199,7 @@ def picture(name: str, group: str, places: Sequence[Path]) -> Path | None:
     """The file of an image in one of the folders, or in a usual subfolder of benchmarks; None if it is in none."""
     within = [place.replace("{group}", group) for place in PLACES]
     written = Path(name)
-    inside = not written.is_absolute() and ".." not in written.parts  # a name leads nowhere else
+    inside = not written.is_absolute() and ".." not in written.parts  # a name cannot lead out of the folders
     names = dict.fromkeys([written] * inside + [Path(written.name)])
     paths = (place / folder / one for place in places for folder in within for one in names)
     return next((path for path in paths if path.is_file()), None)

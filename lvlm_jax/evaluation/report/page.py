@@ -25,7 +25,7 @@ TITLE = "Methods against hallucination"
 def write(
     folder: Path, out: Path, *, title: str = TITLE, images: Sequence[Path] = (), each: int = 2, seed: int = 0
 ) -> list[Path]:
-    """Write the report of all runs below a folder: `index.html` and `report.md`.
+    """Writes the report of all runs below a folder: `index.html` and `report.md`.
 
     Args:
         out: the folder of the two files.
@@ -97,7 +97,7 @@ def page(title: str, report: Report, sections: Sequence[Section], chosen: Sequen
 
 
 def _plain(section: Section) -> dict:
-    """A section as JSON values; a cell is a list of its fields, for there are thousands."""
+    """A section as JSON values; a cell is a list of its fields, because there are thousands."""
     tables = [
         dataclasses.asdict(dataclasses.replace(table, rows=()))
         | {"rows": [vars(row) | {"cells": [list(vars(cell).values()) for cell in row.cells]} for row in table.rows]}

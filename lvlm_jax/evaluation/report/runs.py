@@ -25,7 +25,7 @@ LONGEST_SETTING = 6  # numbers; a method's list beyond that (steering vectors) i
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A figure as it was scored, nan where it is not defined; `n` is the number of questions or objects behind it."""
+    """A figure as it was scored, nan if it is not defined; `n` is the number of questions or objects behind it."""
 
     value: float
     interval: tuple[float, float]
@@ -90,7 +90,7 @@ class Run:
         path: its `scores.json`.
         name: its folder, seen from the folder of the report.
         protocol: as it was run.
-        record: the record that the scores carry.
+        record: the record in the scores.
         figures: name -> value, in the order of the benchmark.
         notes: of the scorer ("unparsed": 3, ...).
         counts, units, table: names of the counts [C], images [U], and the counts of each image [U, C].
@@ -200,7 +200,7 @@ def collect(folder: Path) -> list[Run]:
     """All runs below a folder, by their paths. Unreadable scores are left out with a warning that names them.
 
     Raises:
-        LVLMError: the folder is none, holds no `scores.json`, or only such that cannot be read.
+        LVLMError: it is not a folder, or it contains no readable `scores.json`.
     """
     folder = files.expand(folder)
     if not folder.is_dir():

@@ -14,7 +14,7 @@ from lvlm_jax.evaluation.report.comparisons import differing
 from lvlm_jax.evaluation.report.runs import Comparison, Cost, Run
 
 FALLBACK = 4  # figures of a run that has none of the benchmark's headline figures
-LONG = 8  # tokens of an answer, from which the time of a token says more than that of the prompt
+LONG = 8  # tokens; of shorter answers no time per token is shown, because the prompt takes most of it
 SHORTER = "captions are {} words shorter ({}), and CHAIR falls with their length: see the length-matched control"
 
 

@@ -31,7 +31,7 @@ class Batches:
         accumulate: number of parts of a step's batch, all of one shape.
         seed: seed of the order.
         shares: (number of rows of a file, its share of the batches) for each file; empty: all rows equally often.
-        groups: batches that are drawn together; 1: rows come as they are drawn.
+        groups: number of batches that are drawn together; 1 leaves rows in the order in which they are drawn.
     """
 
     rows: tuple[EncodedRow, ...]
@@ -45,8 +45,8 @@ class Batches:
     def __post_init__(self):
         if self.batch < 1 or self.accumulate < 1 or self.batch % self.accumulate:
             raise LVLMError(
-                f"batch is {self.batch} and accumulate {self.accumulate}; expected a batch that can be split into that "
-                "many equal parts"
+                f"batch is {self.batch} and accumulate {self.accumulate}; expected a batch that is a multiple of "
+                "accumulate"
             )
 
     def __call__(self, step: int) -> Batch:
@@ -71,7 +71,7 @@ class Batches:
         return rows[which * self.batch : (which + 1) * self.batch]
 
     def _group(self, step: int) -> tuple[int, int]:
-        """The first step of a step's group, and how many there are in it."""
+        """The first step of a step's group, and the number of steps in the group."""
         if self.groups == 1:
             return step, 1
         epoch = max(1, step * self.batch // len(self.rows) - 1)

@@ -72,7 +72,7 @@ def negated(own: str, chosen: str, rejected: str) -> float:
     """How much of a pair is won by contradicting the model: 1 for a pair that it wins, 0 for one that it loses.
 
     Args:
-        own: the model's own answer; half of the pairs that it is neither side of would be won by chance.
+        own: the model's own answer; if it is neither of the two answers, chance wins half of the pair.
     """
     for same in (lambda one, other: normalised(one) == normalised(other), alike):
         if same(own, chosen):
@@ -86,7 +86,7 @@ def refuse_negation(share: float | None, count: int, most: float) -> None:
     """Raises an `LVLMError` with the figure if contradicting the model wins more than `most` of the pairs."""
     if share is not None and share > most:
         raise LVLMError(
-            f"{100 * share:.1f} % of {count} pairs are won by a policy that only contradicts the model, and at most "
-            f"{100 * most:g} % may be: that is what training would learn; have pairs of prompts that the model has "
-            "right too (--ladder), or raise --max-negation"
+            f"{100 * share:.1f} % of {count} pairs are won by a policy that only contradicts the model, and training "
+            f"would learn just that; the limit is {100 * most:g} %: add pairs of prompts that the model answers right "
+            "(--ladder), or raise --max-negation"
         )

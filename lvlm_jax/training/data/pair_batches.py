@@ -149,7 +149,8 @@ class Encoder:
         Args:
             messages: of each sequence, by name; all have the same prompt.
             last_only: learn only the last answer.
-            pictures: images of sequences that have other ones than the example, the same number.
+            pictures: by sequence, the images of those that have others than the example; the number of images is the
+                same.
 
         Raises:
             LVLMError: as `pair`.

@@ -98,8 +98,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
         if parsed.chosen.strip() == parsed.rejected.strip() and others is None:
             raise LVLMError(
                 f"{line_name}: chosen and rejected are equal; remove the pair, or give the rejected side other "
-                "pictures "
-                f"in {REJECTED_IMAGES}"
+                f"images in {REJECTED_IMAGES}"
             )
         about = row_id(row, number), extra(row, parsed.used), others, weight(row, line_name)
         pairs.append(Pair(images, prompt, parsed.chosen, parsed.rejected, *about))
@@ -237,8 +236,8 @@ def _rejected_images(row: dict, images: tuple, folder: Path, where: str) -> tupl
     rejected = tuple(_image(one, folder, where) for one in (value if isinstance(value, list) else [value]))
     if len(rejected) != len(images):
         raise LVLMError(
-            f"{where} has {len(rejected)} {REJECTED_IMAGES} and {len(images)} images; expected as many, in the same "
-            "order"
+            f"{where} has {len(rejected)} {REJECTED_IMAGES} and {len(images)} images; expected one for each image, "
+            "in the same order"
         )
     return None if rejected == images else rejected
 

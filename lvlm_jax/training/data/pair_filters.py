@@ -24,7 +24,7 @@ REASONS = {
 }
 
 
-ANSWERS = 8  # a kind of prompt with more different answers than these is not balanced
+ANSWERS = 8  # a kind of prompt with more different answers than this is not balanced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def balance(candidates: Sequence[Candidate], seed: int = 0) -> list[Candidate]:
     """Equally many candidates with each chosen answer, for each kind of prompt and number of images; in order.
 
     The kind is the prompt's field `kind`. Answers are the same if they have the same `answer_type`, or without that
-    field the same words. The remaining candidates are drawn at random. Kinds with more than `ANSWERS` different answers
+    field the same words. Which candidates remain is drawn at random. Kinds with more than `ANSWERS` different answers
     do not change, because no constant answer fits them.
     """
     kinds: dict[tuple, dict[str, list[int]]] = {}

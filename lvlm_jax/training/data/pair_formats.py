@@ -1,4 +1,4 @@
-"""Formats of samples in other projects: converts one row of any of these formats into a common form.
+r"""Formats of samples in other projects: converts one row of any of these formats into a common form.
 
 Pairs:
 

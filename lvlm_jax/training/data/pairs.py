@@ -141,7 +141,7 @@ def _answer_batch(model: Any, batch: Sequence[Prompt], plan: Plan, batch_size: i
         if len(batch) == 1:
             progress.say(f"prompt {batch[0].id}: {error}")
             return []
-        # One of them cannot be answered: alone, each succeeds or fails by itself.
+        # Some prompt cannot be answered; run alone, each succeeds or fails by itself.
         return [one for prompt in batch for one in _answer_batch(model, [prompt], plan, batch_size)]
 
 

@@ -1,4 +1,4 @@
-"""Images of training rows: their tokens, known before they are opened, and the tower's inputs.
+"""Images of training rows: their numbers of tokens, computed before they are opened, and the tower's inputs.
 
 In every family, the size of an image determines its number of tokens. So sizes are read when training begins, and white
 images of these sizes go through the checkpoint's processor, which gives the text for each. The images themselves are
@@ -188,7 +188,7 @@ def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
     sides = {array.shape[-1] for array in arrays if array.ndim == 4 and array.any()}
     if len(sides) > 1:
         raise LVLMError(
-            f"the tiles of a step's pictures have {', '.join(map(str, sides))} pixels a side; expected one size, or "
+            f"the tiles of a step's images have {', '.join(map(str, sides))} pixels a side; expected one size, or "
             "accumulate=1"
         )
     return np.stack([np.pad(array, [(0, n) for n in shape - array.shape]) for array in arrays])

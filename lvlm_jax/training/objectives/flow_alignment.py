@@ -80,7 +80,7 @@ class AnswerRows(Method):
 
     @classmethod
     def of(cls, sevi: SEVI, sequence: forward.Sequence, **more: Any) -> "AnswerRows":
-        """Makes it for a sequence of `forward`: row t predicts token t + 1."""
+        """The answer rows of a sequence of `forward`, in which row t predicts token t + 1."""
         columns = sequence["columns"]
         strengths = jax.tree.map(jnp.asarray, sevi)  # as for every method inside a compiled program
         return cls(strengths, jnp.where(columns > 0, columns - 1, sequence["tokens"].shape[1]), **more)

@@ -125,7 +125,7 @@ OBJECTIVE = Objective(
     defaults={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "reference": "auto"},
     docs={
         "beta": pairwise.DOCS["beta"],
-        "desirable_weight": "weight of good answers; with few of them, larger, so that both kinds weigh alike",
+        "desirable_weight": "weight of good answers; make it larger if they are few, so that both kinds count equally",
         "undesirable_weight": "weight of bad answers",
         "reference": pairwise.DOCS["reference"],
     },

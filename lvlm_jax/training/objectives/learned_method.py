@@ -66,7 +66,7 @@ def prompted_row(encoder: Encoder, pair: Pair) -> PromptedRow:
         LVLMError: the rejected side has its own images.
     """
     if pair.rejected_images is not None:
-        raise LVLMError(f"row {pair.id} has rejected_images; learned_method compares answers about the same pictures")
+        raise LVLMError(f"row {pair.id} has rejected_images; learned_method compares answers about the same images")
     row = encoder.pair(pair)
     return PromptedRow(**{field.name: getattr(row, field.name) for field in dataclasses.fields(row)},
                  conversation=tuple(pair.conversation()))  # fmt: skip
@@ -242,7 +242,7 @@ def _check(config: ConfigDict) -> None:
     if config.length_groups != 1:
         raise LVLMError("learned_method takes samples as they are drawn; set length_groups=1")
     if config.loop.answers:
-        raise LVLMError("learned_method asks no prompts while it learns; set loop.answers=0, and run the method after")
+        raise LVLMError("learned_method generates no answers while it learns; set loop.answers=0")
     if max(config.mesh.fsdp, config.mesh.tensor) > 1 or (config.mesh.data not in (1, -1)):
         raise LVLMError("learned_method runs on one device; set mesh.data, mesh.fsdp and mesh.tensor to 1")
 
@@ -253,12 +253,12 @@ OBJECTIVE = Objective(
     section="learned",
     defaults={"method": "pai+sevi+vaf", "per": "layer", "strengths": "", "beta": 0.1, "nll": 1.0, "softness": 1.0},
     docs={
-        "method": "whose strengths, in the words of --method; they begin where the words say",
-        "per": "model (a number), layer or head: the finest form of a strength, where it takes that",
-        "strengths": "only these, as in pai.alpha,omega; empty: all that have a gradient",
-        "beta": "how much the difference of the answers' log-probabilities counts",
+        "method": "the methods whose strengths are learned, written as for --method; given values are the start values",
+        "per": "finest form of a strength, if the method allows it: model (one number), layer or head",
+        "strengths": "the strengths to learn, as in pai.alpha,omega; empty: all that have a gradient",
+        "beta": "factor on the difference of the answers' log-probabilities",
         "nll": "weight of the chosen answer's negative log-likelihood",
-        "softness": "of a plausibility cut, in nats; towards 0 it is the hard cut of a generation",
+        "softness": "softness of plausibility cuts, in nats; towards 0 they become the hard cuts of a generation",
     },
     checks=(
         one_of("per", FORMS),

@@ -136,7 +136,7 @@ def _check(config: ConfigDict) -> None:
     pairwise.check_reference("mdpo", config)
 
 
-_SHARE = ("a share of the picture's area, above 0 and below 1", lambda value: 0 < value < 1)
+_SHARE = ("a share of the image's area, above 0 and below 1", lambda value: 0 < value < 1)
 
 OBJECTIVE = Objective(
     "mdpo",
@@ -146,8 +146,8 @@ OBJECTIVE = Objective(
     docs={
         "beta": pairwise.DOCS["beta"],
         "delta": "delta of the anchor: the reward that the chosen answer should have",
-        "smallest": "area of the smallest part of an image that replaces it",
-        "largest": "area of the largest part",
+        "smallest": "area of the smallest part that replaces an image, as a share of the image's",
+        "largest": "area of the largest part, as a share of the image's",
         "reference": pairwise.DOCS["reference"],
     },
     checks=(

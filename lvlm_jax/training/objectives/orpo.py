@@ -1,10 +1,10 @@
-"""ORPO (arXiv 2403.07691): answers are learned and preferred at once, without a reference model.
+"""ORPO (arXiv 2403.07691): learns chosen answers and the preference for them at once, without a reference model.
 
     L = NLL(y_w) - λ log σ(log odds(y_w) - log odds(y_l)),   odds(y) = p / (1 - p),   log p = 1/|y| log π(y)
 
 y_w is the chosen answer, y_l the rejected one, |y| the tokens of an answer, its stop token included; NLL is the mean
 over all chosen tokens of a batch. λ is 0.1 as in the paper's larger models. TRL's ORPOTrainer has the same odds ratio
-(its `beta` is λ); its NLL counts the prompt's tokens too, the paper's and ours the answer's alone.
+(its `beta` is λ); its NLL also counts the prompt's tokens, and the paper's and ours only the answer's.
 """
 
 import functools

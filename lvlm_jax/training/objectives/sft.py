@@ -33,8 +33,8 @@ def metrics(
     Args:
         trainable, frozen: the two parts of the parameters.
         key: of the adapters' dropout; None for none.
-        method: whose attention is active, or None.
-        image_count: no conversation has more images.
+        method: the method whose attention is active, or None.
+        image_count: the largest number of images in a conversation.
     """
     rngs = None if key is None else {"dropout": key}
     params, sequence = parts.join(trainable, frozen), batch[CONVERSATION[0]]

@@ -112,7 +112,7 @@ def test_bad_rows_and_files(tmp_path):
         ({"question": None}, "has no question"),
         ({"image": [{}]}, "expected a file name or an"),
         ({"image": "?" * 400}, "nor base64"),
-        ({"options": "[x"}, "begins like a list but is none"),
+        ({"options": "[x"}, "begins like a list but is not a list"),
     ):
         refused(message, read_lines, tmp_path, row(1, **more))
     refused("occurs twice", read_lines, tmp_path, row(1), row(1))
@@ -121,7 +121,7 @@ def test_bad_rows_and_files(tmp_path):
     refused("a.png' of question 1 is missing", read_lines, tmp_path, row(1, image="a.png"), need_images=True)
     for name, content, message in (
         ("q.xlsx", "x", "another ending than .tsv, .parquet"),
-        ("q.tsv", "index\tquestion\n1\n", "row 1 .* has not as many cells as the heading"),
+        ("q.tsv", "index\tquestion\n1\n", "row 1 .* does not have the heading's cells"),
     ):
         (tmp_path / name).write_text(content)
         refused(message, read, "choices/any", tmp_path, question_file=tmp_path / name)
