@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     # Share of absent objects that are typical of the place; None: none. With None the model expects typical objects, as
     # models trained on the web do, and POPE's adversarial questions tempt it.
     config.everything.hard = config_dict.placeholder(float)
-    config.everything.method = "none"  # whose attention the model learns under, as --method says it, such as capl
+    config.everything.method = "none"  # method whose attention the model is trained with, as for --method, such as capl
     # Two rectangles per step: conversations about one image, and about two to four.
     config.everything.single = ConfigDict(dict(rows=14, length=256, images=14))
     config.everything.several = ConfigDict(dict(rows=1, length=384, images=4))

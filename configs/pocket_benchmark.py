@@ -8,7 +8,7 @@ scaled from 576 per image to 64.
 
 from lvlm_jax import methods
 
-TOKENS = 64 / 576  # image tokens: here, relative to the published settings
+TOKENS = 64 / 576  # image tokens per image here, relative to the published settings
 
 
 def get_methods() -> dict[str, methods.Method]:

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     """Data, gates, and a configuration (`lvlm_jax.training.settings`) for each training."""
     config = ConfigDict()
     config.model = "pocket"
-    config.seed = 0  # of prompts, conversations and questions; those of each purpose have pictures of their own
+    config.seed = 0  # of prompts, conversations and questions; each of these purposes has its own images
 
     # The base of the arms: full fine-tuning under CAPL's attention, half of it over several images.
     config.talks = ConfigDict(dict(count=12000, held_out=400, single=0.5, describe=0.2, one_word=0.6))
@@ -23,15 +23,15 @@ def get_config() -> ConfigDict:
     config.base.lora.enabled = False
     config.base.optimizer.peak = 5e-4
     config.base.update(batch=16, steps=1500, length=512)
-    config.gate = 0.08  # accuracy that truncated attention must take from it
+    config.gate = 0.08  # the accuracy that it must lose under truncated attention
 
-    # One prompt, one pair, or nearly: the ladder finds a wrong answer to each.
+    # Nearly every prompt gives a pair, because the ladder finds a wrong answer to it.
     config.pairs = ConfigDict(
         dict(prompts=5000, single=1 / 6, one_word=0.6, max_new_tokens=32, batch=32, max_negation=0.5)
     )
     config.seeds = (0, 1, 2)
     config.ablations = True  # CAPL without its likelihood term (λ = 0)
-    config.rounds = 2  # in which CAPL's own model answers new prompts and learns from the pairs
+    config.rounds = 2  # number of rounds in which CAPL's own model answers new prompts and learns from the pairs
     config.sft = config_files.load_config("sft")
     config.preference = config_files.load_config("capl")
     for name in ("sft", "preference"):
@@ -39,11 +39,12 @@ def get_config() -> ConfigDict:
         config[name].optimizer.peak = 2e-4
         config[name].update(batch=16, steps=600, length=512)
     config.questions = 2700  # of the test split, balanced
-    config.limit = 0  # only so many of each kind, for a trial; 0: all
+    config.limit = 0  # only this number of each kind, for a trial; 0: all
 
-    # Flow alignment: prompts over one image, a share of which asks for a description: hardly anything else changes
-    # under SEVI. The answers' divergence is a hundredth of a nat, that of attention some nats, a sum over layers and
-    # heads. At mu = 100 the student's attention came closer and its answers went farther away (0.69, held-out prompts).
+    # Flow alignment: prompts about one image. Most of them ask for a description, because SEVI hardly changes other
+    # answers. The divergence of answers is about a hundredth of a nat; that of attention, summed over layers and heads,
+    # is several nats. At mu = 100 the student's attention came closer to the teacher's, but its answers moved away
+    # (0.69 on held-out prompts).
     config.answers = ConfigDict(dict(prompts=800, held_out=150, describe=0.7))
     config.flow_alignment = config_files.load_config("flow_alignment")
     config.flow_alignment.flow.mu = 2000.0

@@ -26,7 +26,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
     parser = common.Parser(
         prog="lvlm attention",
         description=__doc__,
-        epilog="methods and their settings, flags once --method names the method:\n" + parse.methods_help(),
+        epilog="methods and their settings, which are flags once --method names the method:\n" + parse.methods_help(),
     )
     add = parser.add_argument
     add(

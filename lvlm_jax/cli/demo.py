@@ -1,7 +1,7 @@
 """The demo of `lvlm infer`: marks objects that an answer invents; with smol it shows a description that a method fixes,
 one that it breaks, and how often each happens.
 
-The images and the counts are in `configs/infer.py`. They come from the table "Captions mended and spoilt" of the pocket
+The images and the counts are in `configs/infer.py`. They come from the table "Captions fixed and broken" of the pocket
 benchmark; its images are drawn here again.
 """
 
@@ -26,7 +26,8 @@ SAID = (
 
 
 def marked(text: str, there: Container[str]) -> str:
-    """An answer with the objects behind it that it names and that are not `there`; an answer that says no has none."""
+    """An answer, followed by the objects that it names although they are not `there`; nothing follows an answer of
+    no."""
     absent = [] if text.startswith("No") else sorted(name for name in report.mentioned(text) if name not in there)
     return text + f" [not there: {', '.join(absent)}]" * bool(absent)
 

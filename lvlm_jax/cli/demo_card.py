@@ -1,4 +1,4 @@
-"""An image beside answers about it, the names of objects that are not there in red, as a PNG file."""
+"""A PNG card: an image beside answers about it, with the names of absent objects in red."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

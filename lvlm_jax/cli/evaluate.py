@@ -60,7 +60,7 @@ def build_parser(method: str) -> common.Parser:
     parser.add_argument("--rescore", nargs="+", metavar="FILE",
                         help="score these answers; GROUP=FILE if each split has its own file")  # fmt: skip
     parser.add_argument("--against", nargs="+", default=[], metavar="FILE",
-                        help="answers to the same questions to compare with")  # fmt: skip
+                        help="answers to the same questions, for comparison")  # fmt: skip
     parser.add_argument("--partial", action="store_true", help="score only the questions that have answers")
     parser.add_argument("--group", action="append", default=[], metavar="NAME",
                         help="only this split, subtask or kind; may be repeated")  # fmt: skip
@@ -121,7 +121,7 @@ def build_parser(method: str) -> common.Parser:
     sure.add_argument(
         "--seed", type=common.number(int, 0), default=0, metavar="N", help="seed of the bootstrap (default 0)"
     )
-    # Last, so that a method's --seed does not take the name of ours.
+    # A method's flags come last, so that its --seed does not take the name of ours.
     common.method_flags(parser, method)
     return parser
 

@@ -7,13 +7,13 @@
 
 vti      directions of the feed-forward blocks' outputs, in the decoder and in the vision tower (--lambda-image); the
          authors take 50 to 70 pairs of captions
-adhh     heads that favour hallucinated answers, by one gradient
-adaiat   attention of heads to the generated text, at real and at hallucinated object tokens
-nullu    directions of hallucination; --export writes a checkpoint that needs no method and that any software loads
+adhh heads that favour hallucinated answers: one gradient proposes them, ablation selects them adaiat attention of heads
+to the generated text, at real and at hallucinated object tokens nullu directions of hallucination; --export writes a
+checkpoint that needs no method and that any software loads
 
 Pairs are JSON lines {images, prompt, good, bad}, or preference pairs in any format that lvlm train reads. The file
-names its method, checkpoint, pairs and settings; another model refuses it. A stopped fit resumes when it is started
-again.
+names its method, checkpoint, pairs and settings, and is refused for another model. A stopped fit resumes when it is
+started again.
 """
 
 from pathlib import Path
@@ -53,7 +53,7 @@ def main(words: list[str]) -> int:
     """Runs the fit, and prints where the file is."""
     flags = build_parser().parse_args(words)
     if flags.export and flags.method != "nullu":
-        raise LVLMError(f"--export writes Nullu's edit into a checkpoint; {flags.method} has none, leave it out")
+        raise LVLMError(f"--export writes Nullu's edit into a checkpoint; leave it out for {flags.method}")
     pairs = flags.pairs or write_pairs(Path(f"{flags.out}.pairs"), flags.pocket, flags.seed)
     model = LVLM.from_pretrained(flags.model_path, dtype=flags.dtype)
     pairs, out = files.expand(pairs), files.expand(flags.out)

@@ -171,7 +171,7 @@ def job(arguments) -> int:
         raise LVLMError("--answers-file needs a file of questions; give --question-file FILE")
     if arguments.image or arguments.prompt or arguments.attention_map or arguments.stream:
         raise LVLMError(
-            "--image, --prompt, --stream and --attention-map do not go with --question-file; leave them out"
+            "--image, --prompt, --stream and --attention-map cannot be used with --question-file; leave them out"
         )
 
     streams = scheduler.use_continuous(
@@ -217,9 +217,9 @@ def ask(arguments) -> int:
     if not arguments.prompt:
         raise LVLMError('nothing to ask; give --prompt "…"')
     if arguments.attention_map and arguments.stream:
-        raise LVLMError("--attention-map does not go with --stream; leave one of them out")
+        raise LVLMError("--attention-map cannot be used with --stream; leave one of them out")
     if arguments.attention_map and not arguments.image:
-        raise LVLMError("--attention-map needs a picture; give --image")
+        raise LVLMError("--attention-map needs an image; give --image")
     images = [open_image(path, arguments.allow_urls) for path in arguments.image]
     system = system_prompt(arguments.system)
     conversations = [conversation(images, text, system) for text in arguments.prompt]

@@ -47,7 +47,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
             help=f"size of the mesh's axis {axis}; -1 (for one axis): all remaining devices",
         )
     add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of weights and products (default bfloat16)")
-    add("--quant", choices=QUANTS, help="quantization of the decoder's weights; in training, below adapters")
+    add("--quant", choices=QUANTS, help="quantization of the decoder's weights; in training, only with adapters")
     add("--batch", type=count, default=1, metavar="N",
         help="number of conversations, or of pairs per update; in tables per group of devices (default 1)")  # fmt: skip
     add("--images", type=common.number(int, 0), default=1, metavar="N", help="images per conversation (default 1)")

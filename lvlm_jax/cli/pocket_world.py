@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         try:
             Image.fromarray(scenes.render(splits.demo_scene())).save(flags.sample)
         except (OSError, ValueError) as error:
-            raise LVLMError(f"cannot write the picture {flags.sample!r}: {error}") from error
+            raise LVLMError(f"cannot write the image {flags.sample!r}: {error}") from error
         return 0
     if flags.balanced:
         count = balanced.write(flags.out, flags.balanced, flags.seed, known_split(flags.split))

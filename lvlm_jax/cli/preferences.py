@@ -105,7 +105,7 @@ def build_parser() -> common.Parser:
     filters.add_argument("--balance", action="store_true",
                       help="equally many pairs with each chosen answer, for each kind of prompt")  # fmt: skip
     filters.add_argument("--max-negation", type=common.number(float, 0, 1), default=NEGATION, metavar="SHARE",
-                      help="largest share of the pairs that a policy wins by contradicting the model; with more "
+                      help="largest share of the pairs that a policy wins by contradicting the model; above it, "
                       f"nothing is written (default {NEGATION}; 1: any)")  # fmt: skip
     filters.add_argument("--holdout", type=common.number(float, 0, 0.9), default=0.0, metavar="SHARE",
                       help="share of the pairs for validation.jsonl, with separate images (default 0)")  # fmt: skip

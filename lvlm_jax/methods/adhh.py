@@ -8,7 +8,7 @@ its weights on those columns become 0. The other weights are not renormalised:
 Heads are listed in `heads` (presets: the authors' lists for LLaVA-1.5-7B and 13B), or selected by `lvlm fit adhh`,
 which takes those that raise log p(hallucinated answer) - log p(good answer) most.
 
-Differs from the authors' code in: how `lvlm fit` selects heads, by one gradient instead of an ablation of each head.
+Differs from the authors' code in: how `lvlm fit` selects heads, which ablates only those that one gradient proposes.
 
 Rows: last. Stage: weights. A sample without an image is left alone. Cost: explicit attention in one row.
 """

@@ -70,7 +70,7 @@ def draw(count: int, seed: int = 0, split: str = "test", kinds: Mapping[str, Any
 
     Args:
         seed: another seed gives other scenes.
-        split: whose scenes they are.
+        split: the split whose scenes are used.
         kinds: name -> maker of a question, of `KINDS`.
     """
     # The leading number keeps this stream apart from those of conversations and of the written splits.

@@ -3,7 +3,7 @@
 A claim says that a figure is better with a method than without. It is "shown" if the paired 95 % interval of the
 difference to greedy decoding is on the better side of 0, "opposite" if it is on the other side, else "not shown".
 Beside it are the same difference for the images of each seed, the comparison that many papers make (with sampling), and
-a trivial control with the same side effect: as many words, or as many times yes.
+a trivial control with the same side effect: the same number of words, or the same share of yes.
 """
 
 import dataclasses

@@ -28,7 +28,7 @@ DETAILED_PROMPTS = (
 )
 LIST_PROMPTS = ("List the objects in the image.", "What objects are in the image?", "Which objects can you see?")
 
-# With yes/no questions alone, a small model stays at chance; as many forced choices teach it to look.
+# With yes/no questions alone, a small model stays at chance; an equal number of forced choices teaches it to look.
 _KINDS = ("existence", "choice", "counting", "position", "colour", "place")
 _CUMULATIVE = np.cumsum((0.33, 0.33, 0.11, 0.11, 0.08, 0.04))
 _MULTI_KINDS = tuple(questions.MULTI)

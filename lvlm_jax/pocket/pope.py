@@ -13,7 +13,7 @@ from lvlm_jax.errors import LVLMError
 from lvlm_jax.pocket.questions import article
 
 STRATEGIES = ("random", "popular", "adversarial")
-PER_IMAGE = 3  # questions with the answer yes, and as many with no
+PER_IMAGE = 3  # questions with the answer yes, and the same number with no
 
 
 def pope_rows(

@@ -27,7 +27,7 @@ FIRST_ID = {"train": 1_000_000, "val": 2_000_000, "test": 3_000_000}
 # MME's folder names -> our kinds of question with yes/no forms.
 MME_TASKS = {"existence": "existence", "count": "counting", "position": "position", "color": "colour"}
 MME_SUFFIX = " Please answer yes or no."
-# A kitchen with an elephant in it, and a knife without its fork.
+# The demo's scene: a kitchen with an elephant in it, and a knife without its fork.
 SAMPLE = ("test", 2822)
 
 

@@ -50,13 +50,13 @@ class Setup:
         return names.checkpoint(self.config.model)
 
     def stage(self, name: str, about: Mapping[str, Any], work: Callable[[], object]) -> None:
-        """Does a piece of work once, whatever stops it in between.
+        """Does a piece of work once, even if the run is stopped and resumed.
 
         Args:
-            about: everything that decides its outcome.
+            about: everything that determines its result.
 
         Raises:
-            LVLMError: the folder holds the outcome of something else.
+            LVLMError: the folder has a result with other settings.
         """
         path = self.out / name / "stage.json"
         about = json.loads(json.dumps(about, default=str))

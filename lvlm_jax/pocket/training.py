@@ -107,7 +107,7 @@ def closeness(setup: Setup, load: Callable) -> dict[str, Mapping]:
     def work() -> None:
         base = load(setup.base)
         encoder = Encoder(base.processor, base.config)
-        # The answers that training's own validation has generated.
+        # These answers were already generated for the validation of the training.
         answers = flow_data.read(
             prompts, base, sevi(setup), config.length, config.batch, setup.out / RECIPE / "answers"
         )

@@ -1,7 +1,7 @@
 """The effects of flow alignment on the pocket benchmark: compared models, tables, and conclusions in words.
 
-It is judged by POPE and CHAIR; the trained model stands beside the model it began as, and beside the method that needs
-no training. The page of `lvlm pocket-training` has this part and that of `experiment_report`.
+POPE and CHAIR judge it. The tables compare the trained model with its initial model, and with the method that needs no
+training. The page of `lvlm pocket-training` has this part and that of `experiment_report`.
 """
 
 import collections
@@ -131,7 +131,8 @@ def _fields(value: Any) -> Mapping[str, Any]:
 
 
 def words(findings: Mapping[str, Findings], close: Mapping[str, Mapping]) -> Iterator[str]:
-    """Yields the comparisons as sentences, by rule from the intervals, and a last one that counts them."""
+    """Yields the comparisons as sentences, which follow from the intervals by rules, and a last sentence that counts
+    them."""
     tally: dict[str, list[str]] = collections.defaultdict(list)
     for part in PARTS:
         scores = findings[part.name].scores

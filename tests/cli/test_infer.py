@@ -178,7 +178,7 @@ def test_bad_pictures_prompts_and_flags(command, refuses, tmp_path):
         ("missing.py", "--config missing.py"), ("--answers-file", "--question-file questions.jsonl"),
         ("--prompt", "--question-file a --answers-file b --prompt c"),
         ("cannot be read", "--question-file missing.jsonl --answers-file b"),
-        ("needs a picture", "--prompt a --attention-map b.png"),
+        ("needs an image", "--prompt a --attention-map b.png"),
     ):  # fmt: skip
         refuses(message, *words.split())
     refuses("2 <image> placeholders but 1 images", "--image", SAMPLE, "--prompt", "<image> <image> a")
