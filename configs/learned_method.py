@@ -6,12 +6,13 @@ The model is frozen. Pairs come from `lvlm preferences`, or are any that `dpo` a
 
 The fields of `config.learned`:
 
-    method the methods whose strengths are learned, as for `--method`; given values are the start values per "model":
-    every strength is one number; "layer": one for each layer; "head": for each layer and head strengths the strengths
-    to learn, as in "pai.alpha,omega"; empty: all that have a gradient. Counts, thresholds and seeds have none and stay
-    as they are beta factor on log p(chosen) - log p(rejected); near 0, only the likelihood of chosen answers counts nll
-    weight of the chosen answer's negative log-likelihood softness softness of plausibility cuts, in nats; towards 0
-    they become the hard cuts of a generation
+    method     the methods whose strengths are learned, as for `--method`; given values are the start values
+    per        "model": every strength is one number; "layer": one for each layer; "head": for each layer and head
+    strengths  the strengths to learn, as in "pai.alpha,omega"; empty: all that have a gradient. Counts, thresholds and
+               seeds have none and stay as they are
+    beta       factor on log p(chosen) - log p(rejected); near 0, only the likelihood of chosen answers counts
+    nll        weight of the chosen answer's negative log-likelihood
+    softness   softness of plausibility cuts, in nats; towards 0 they become the hard cuts of a generation
 
 In the log: `nll` in nats per token, `margin` (log p(chosen) - log p(rejected)), `accuracy` (the share of pairs with a
 positive margin), and `preference`, the loss beside `nll`.

@@ -7,9 +7,9 @@
 
 vti      directions of the feed-forward blocks' outputs, in the decoder and in the vision tower (--lambda-image); the
          authors take 50 to 70 pairs of captions
-adhh heads that favour hallucinated answers: one gradient proposes them, ablation selects them adaiat attention of heads
-to the generated text, at real and at hallucinated object tokens nullu directions of hallucination; --export writes a
-checkpoint that needs no method and that any software loads
+adhh     heads that favour hallucinated answers: one gradient proposes them, ablation selects them
+adaiat   attention of heads to the generated text, at real and at hallucinated object tokens
+nullu    directions of hallucination; --export writes a checkpoint that needs no method and that any software loads
 
 Pairs are JSON lines {images, prompt, good, bad}, or preference pairs in any format that lvlm train reads. The file
 names its method, checkpoint, pairs and settings, and is refused for another model. A stopped fit resumes when it is
