@@ -106,7 +106,10 @@ def command_line(words: list[str]):
     add = common.flags(parser, defaults, "generation")
     add("--temperature", type=common.number(float, low=0), metavar="T", help="0: always the most probable token")
     add(
-        "--top-p", type=common.number(float, above=0, high=1), metavar="P", help="sample from this share of probability"
+        "--top-p",
+        type=common.number(float, above=0, high=1),
+        metavar="P",
+        help="sample from the fewest tokens that reach this probability",
     )
     add("--top-k", type=common.number(int, low=0), metavar="K", help="sample from this many tokens; 0: from all")
     add(

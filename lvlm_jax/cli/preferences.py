@@ -75,7 +75,7 @@ def build_parser() -> common.Parser:
                        help="temperature of rejected answers (default: as --temperature; 1 with "
                        "--rejected-by plain)")  # fmt: skip
     model.add_argument("--top-p", type=common.number(float, above=0, high=1), default=1.0, metavar="P",
-                       help="sample from this share of probability (default 1)")  # fmt: skip
+                       help="sample from the fewest tokens that reach this probability (default 1)")  # fmt: skip
 
     attention = parser.add_argument_group("attention (CAPL)")
     attention.add_argument("--preset", choices=tuple(CAPL.PRESETS), help="published values of rho")

@@ -38,7 +38,7 @@ from lvlm_jax.methods.registry import register
 class CausalMM(Method):
     """Contrast with shuffled attention in tower and decoder; see the module for the formulas."""
 
-    gamma: Strength = strength(0.5, "strength γ of either contrast", low=0)
+    gamma: Strength = strength(0.5, "strength γ of each of the two contrasts", low=0)
     beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
     seed: Strength = strength(0, "seed of the shuffling, a whole number", low=0, high=2**24, flat="a seed")
     read: jax.Array | None = data("embeddings from the shuffled tower; set by `after_warm_up`")

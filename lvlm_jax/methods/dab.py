@@ -26,7 +26,9 @@ from lvlm_jax.methods.registry import register
 class DAB(Method):
     """Dynamic attention balancing between images; see the module for the formula."""
 
-    alpha: Strength = strength(0.5, "share α of the way to the mean", low=0, per="head")
+    alpha: Strength = strength(
+        0.5, "how far a head's mass on each image moves to the images' mean, α", low=0, per="head"
+    )
     tau: Strength = strength(0.2, "mass τ on all images from which a head is edited", low=0, high=1, flat="a threshold")
     decode: bool = switch(False, "edit the rows of the answer too", choices=(True, False))
     start_layer: int | float = switch(0, "first edited layer (a float: share of the depth)")

@@ -24,7 +24,7 @@ from lvlm_jax.methods.registry import register
 class IAT(Method):
     """Increased attention to generated text; see the module for the formula."""
 
-    alpha: Strength = strength(0.8, "share α of its absolute value added to a logit", low=0, per="head")
+    alpha: Strength = strength(0.8, "share α of a logit's absolute value that is added to it", low=0, per="head")
     start_layer: int | float = switch(5, "first edited layer (a float: share of the depth)")
     end_layer: int | float | None = switch(18, "the layer after the last edited one")
     layers: tuple[int, ...] | None = switch(None, "explicit layers instead")

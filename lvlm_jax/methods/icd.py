@@ -32,9 +32,11 @@ class ICD(Method):
     alpha: Strength = strength(1.0, "contrast strength α", low=0)
     beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
     prompt: str = switch(DISTURBANCE, "the disturbing instruction")
-    tokens: tuple[int, ...] | None = switch(None, "its token ids, used instead of `prompt`")
+    tokens: tuple[int, ...] | None = switch(None, "token ids of the instruction, used instead of `prompt`")
     qformer: str = switch(
-        "question", "a Q-Former reads the words before the question, or alone", choices=("question", "normal")
+        "question",
+        "whether a Q-Former reads the words before the question, or instead of it",
+        choices=("question", "normal"),
     )
 
     PRESETS: ClassVar = {"default": dict(alpha=1.0, beta=0.1)}

@@ -35,7 +35,7 @@ class M3ID(Method):
     decay: Strength = strength(0.02, "forgetting rate λ of the image, per token", low=0)
     alpha_gate: Strength = strength(
         0.9,
-        "'paper': tokens are contrasted where no token is as probable as this",
+        "'paper': contrast only if every token is less probable than this",
         low=0,
         high=1,
         flat="a threshold",

@@ -52,7 +52,7 @@ class Retrace(NamedTuple):
 class MemVR(Method):
     """Memory-space visual retracing; see the module for the formulas."""
 
-    rho: Strength = strength(0.12, "share ρ of the looked-up image tokens", low=0, high=1, per="layer")
+    rho: Strength = strength(0.12, "share ρ of the image tokens in the edited output", low=0, high=1, per="layer")
     tau: Strength = strength(0.75, "entropy τ above which a layer is uncertain", low=0, flat="a threshold")
     start_layer: int | float = switch(6, "first layer whose output is judged (a float: share of the depth)")
     end_layer: int | float | None = switch(16, "the layer after the last one that is judged")

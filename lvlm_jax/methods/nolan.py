@@ -27,7 +27,7 @@ from lvlm_jax.methods.registry import register
 class NoLan(Method):
     """No language prior; see the module for the formulas."""
 
-    kappa: Strength = strength(0.8, "strength κ: the contrast lies between it and twice it", low=0)
+    kappa: Strength = strength(0.8, "strength κ; the contrast has a strength between κ and 2 κ", low=0)
 
     PRESETS: ClassVar = {"default": dict(kappa=0.8)}
 

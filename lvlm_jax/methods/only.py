@@ -37,12 +37,14 @@ FAINT = 1e-6
 class ONLY(Method):
     """One-layer intervention; see the module for the formulas."""
 
-    alpha_complement: Strength = strength(3.0, "weight of the side path's logits where both agree", low=0)
-    alpha_contrast: Strength = strength(1.0, "strength of the contrast where they do not", low=0)
-    tau: Strength = strength(0.2, "distance τ from which they do not agree", low=0, high=2, flat="a threshold")
+    alpha_complement: Strength = strength(3.0, "weight of the side path's logits if the two distributions agree", low=0)
+    alpha_contrast: Strength = strength(1.0, "strength of the contrast if they do not agree", low=0)
+    tau: Strength = strength(
+        0.2, "distance τ of the two distributions from which they do not agree", low=0, high=2, flat="a threshold"
+    )
     beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
     share: Strength = strength(0.2, "share of the last layer's input in the side path", low=0)
-    final_share: Strength = strength(0.5, "share of the main logits in the side path's", low=0)
+    final_share: Strength = strength(0.5, "share of the main logits in the side path's logits", low=0)
     source_layer: int = switch(0, "the layer whose attention is edited")
 
     PRESETS: ClassVar = {"pope": dict(tau=0.2), "chair": dict(tau=0.25)}

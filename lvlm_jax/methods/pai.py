@@ -30,7 +30,7 @@ from lvlm_jax.methods.registry import register
 class PAI(Method):
     """Pay attention to the image; see the module for the formulas."""
 
-    alpha: Strength = strength(0.2, "share α of its absolute value added to an image logit", low=0, per="head")
+    alpha: Strength = strength(0.2, "share α of an image logit's absolute value that is added to it", low=0, per="head")
     gamma: Strength = strength(1.1, "guidance γ; 1 for no contrast", low=0)
     beta: Strength = strength(0.1, "plausibility cut β", low=0, high=1, cuts=True)
     start_layer: int | float = switch(2, "first layer with the edit")

@@ -34,7 +34,7 @@ class Field(NamedTuple):
 
 # The fields that all objectives share.
 FIELDS = (
-    Field("recipe", "", "which objective, a word of lvlm_jax.training.registry"),
+    Field("recipe", "", "the objective, a name in lvlm_jax.training.registry"),
     Field("seed", 0, "seed of adapters, dropout and the order of the data"),
     Field("model", "pocket", "pocket (the model inside the package), a checkpoint folder, or a hub id"),
     Field("dtype", "float32", "number format of products and frozen weights; that of trained weights is master"),
@@ -49,12 +49,16 @@ FIELDS = (
     Field("data", "", "the training file, or several, separated by commas; required"),
     Field("data_shares", "", "shares of several training files in the batches, as in 2,1; empty: by their rows"),
     Field("validation", "", "the held-out file, or several; empty: no evaluation"),
-    Field("ignore", "", "columns of these files that the run may ignore, separated by commas"),
+    Field("ignore", "", "columns of the data files that the run may ignore, separated by commas"),
     Field("train", r"^(language_model|connector)/", "parameters trained without LoRA, a regex on their paths"),
     Field("lora.enabled", True, "train adapters beside frozen weights; False: the weights themselves"),
     Field("lora.rank", 16, "rank of each adapter"),
     Field("lora.alpha", 32.0, "an adapter's product is scaled by alpha / rank"),
-    Field("lora.rslora", False, "scale it by alpha / √rank (rsLoRA), so that large ranks learn as fast as small ones"),
+    Field(
+        "lora.rslora",
+        False,
+        "scale an adapter's product by alpha / √rank (rsLoRA), so that large ranks learn as fast as small ones",
+    ),
     Field("lora.dropout", 0.0, "dropout rate of an adapter's input"),
     Field("lora.targets", TARGETS, "modules that get an adapter, a regex on their paths"),
     Field("lora.start", "", "continue from this adapter, ours or PEFT's, a folder or a hub id; empty: a new one"),
@@ -87,7 +91,7 @@ FIELDS = (
     Field("loop.keep_best", "", "also keep the checkpoint with the lowest value of this metric, such as val/loss"),
     Field("loop.patience", 0, "stop after this number of evaluations without a lower keep_best; 0: never"),
     Field("loop.answers", 0, "number of held-out prompts answered at each evaluation, for you to read"),
-    Field("loop.answer_tokens", 64, "maximum number of new tokens of these answers"),
+    Field("loop.answer_tokens", 64, "maximum number of new tokens of answers to held-out prompts"),
     Field("loop.logger", "", "a further destination of records: wandb, or module:function of (step, values)"),
 )
 
