@@ -5,7 +5,8 @@
     python tools/bench.py --size 0.5b --quant int8 --methods "" --transformers float32,bfloat16
 
 Weights are random and made on the device. Every figure is the median of `--runs` runs with their minimum and maximum.
-Compared programs are measured in turns within each run, because shared machines drift. Beside each is its roofline:
+Compared programs are measured in turns within each run, and each method's tokens right after as many greedy ones,
+because shared machines drift. Beside each is its roofline:
 
     least time  =  max(bytes that must move / read bandwidth, FLOPs of the products / peak)
 
@@ -54,6 +55,9 @@ def command_line(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded in a run (default 32)")
     parser.add_argument("--runs", type=int, default=5, help="runs per figure (default 5)")
     parser.add_argument(
+        "--decodes", type=int, default=1, help="decodes after each prefill, all in the figures (default 1)"
+    )
+    parser.add_argument(
         "--methods", default="cmac", help="names, separated by commas, or all (default cmac; empty for none)"
     )
     parser.add_argument(
@@ -80,6 +84,7 @@ class Ours:
         model = LVLM(params, config)
         longest = int(inputs.lengths.max())
         self.arguments, self.options = model.prefill_arguments(inputs, method, longest + self.room)
+        self.prefilled = None
 
     def prefill(self):
         return decode_loop.prefill(*self.arguments, **self.options)
@@ -93,11 +98,15 @@ class Ours:
 
     def run(self) -> tuple[float, float, np.ndarray]:
         """Milliseconds of the prefill and per decoded token, and the tokens."""
-        prefill, prefilled = bench_parts.seconds(self.prefill)
-        answers = jax.block_until_ready(self.begin(prefilled))
+        self.prefilled = None  # its caches would count twice
+        prefill, self.prefilled = bench_parts.seconds(self.prefill)
+        return prefill * 1e3, *self.decode()
+
+    def decode(self) -> tuple[float, np.ndarray]:
+        """Milliseconds per decoded token, and the tokens, after the last prefill."""
+        answers = jax.block_until_ready(self.begin(jax.tree.map(jnp.copy, self.prefilled)))
         decode, answers = bench_parts.seconds(lambda: decode_loop.run(self.params, self.config, answers, self.limit))
-        steps = int(self.limit) - 1
-        return prefill * 1e3, decode * 1e3 / steps, np.asarray(answers.tokens)[:, : int(self.limit)]
+        return decode * 1e3 / (int(self.limit) - 1), np.asarray(answers.tokens)[:, : int(self.limit)]
 
     def needs(self) -> "Needs":
         """The compiler's figures for the prefill and for one token of the decode loop."""
@@ -157,6 +166,12 @@ class Transformers:
             )
         return tokens.cpu().numpy()[:, -count:]
 
+    prefilled = None  # every call begins with the prompt
+
+    def decode(self) -> tuple[float, np.ndarray]:
+        """Milliseconds per further token, and the tokens."""
+        return self.run()[1:]
+
     def run(self) -> tuple[float, float, np.ndarray]:
         """Milliseconds of image, prefill and first token together, and per further token; the tokens."""
         first, _ = bench_parts.seconds(lambda: self.generate(1))
@@ -186,11 +201,13 @@ def measure(arguments: argparse.Namespace) -> dict:
     for name, dtype in theirs.items():
         runners[name] = Transformers(wide, config, inputs, tokens, arguments.new_tokens, dtype)
     encode = lambda: decode_loop.encode_images(params, config, inputs.pixels)  # noqa: E731
-    for runner in runners.values():
+    for name, runner in runners.items():
         runner.run()  # compiles, and warms up
+        if name != "greedy":
+            runner.prefilled = None  # caches of all methods would fill the memory
     jax.block_until_ready(encode())
 
-    figures = {name: {"prefill": [], "decode": []} for name in runners}
+    figures = {name: {"prefill": [], "decode": [], "greedy decode": []} for name in runners}
     encoded, read, copied, peaks = [], [], [], []
     for _ in range(arguments.runs):
         read.append(bench_parts.bandwidth(copy=False))
@@ -198,10 +215,16 @@ def measure(arguments: argparse.Namespace) -> dict:
         peaks.append(bench_parts.peak(arguments.dtype))
         encoded.append(bench_parts.seconds(encode)[0] * 1e3)
         for name, runner in runners.items():
-            prefill, decode, generated = runner.run()
+            prefill, *decoded = runner.run()
             figures[name]["prefill"].append(prefill)
-            figures[name]["decode"].append(decode)
+            for turn in range(arguments.decodes):
+                decode, generated = runner.decode() if turn else decoded
+                near = decode if name == "greedy" else runners["greedy"].decode()[0]
+                figures[name]["decode"].append(decode)
+                figures[name]["greedy decode"].append(near)
             figures[name]["tokens"] = generated
+            if name != "greedy":
+                runner.prefilled = None
 
     greedy = figures["greedy"]
     needs = {name: runner.needs() for name, runner in runners.items() if name not in theirs}
@@ -238,12 +261,12 @@ def measure(arguments: argparse.Namespace) -> dict:
             result["versions"] |= {"torch": runners[name].torch.__version__, "transformers": transformers.__version__}
             entry["prefill_includes_images"] = True
             entry["same_tokens_as_greedy"] = bool((values["tokens"] == greedy["tokens"]).all())
-            entry["ours_over_theirs"] = bench_parts.summary(_ratios(values["decode"], greedy["decode"]))
+            entry["ours_over_theirs"] = bench_parts.summary(_ratios(values["decode"], values["greedy decode"]))
         else:
             need = needs[name]
             entry["peak_bytes"] = need.peak_bytes
             entry["peak_over_greedy"] = round(need.peak_bytes / needs["greedy"].peak_bytes, 3)
-            entry["decode_over_greedy"] = bench_parts.summary(_ratios(values["decode"], greedy["decode"]), 3)
+            entry["decode_over_greedy"] = bench_parts.summary(_ratios(values["decode"], values["greedy decode"]), 3)
             entry["prefill_over_greedy"] = bench_parts.summary(_ratios(values["prefill"], greedy["prefill"]), 3)
             entry["roofline"] = {
                 "prefill": roofline(need.moved, need.prefill_flops, *ceilings, statistics.median(values["prefill"])),
