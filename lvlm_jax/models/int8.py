@@ -10,11 +10,12 @@ The computation depends on the backend:
 
 - GPU and TPU: a dot of x and the converted kernel. XLA converts inside the product's loop, so it reads int8 from
   memory.
-- CPU: few rows (decoding) are multiplied by `native` in float32, converting the kernel on the fly. XLA would first
-  write the converted kernel to memory, and be six times slower than with a float32 kernel. Without `native`, x is
-  rounded to 22 bits relative to its row's largest value (a float32 sum loses about as much) and split into three int8
-  numbers, whose int8 · int8 -> int32 products are exact. For many rows (prompts), the kernel is converted one layer at
-  a time.
+- CPU, few rows (decoding): `native` multiplies in float32, converting the kernel on the fly. XLA would first write the
+  converted kernel to memory, and be six times slower than with a float32 kernel. Without `native`, x is rounded to 22
+  bits relative to its row's largest value (a float32 sum loses about as much) and split into three int8 numbers, whose
+  int8 · int8 -> int32 products are exact.
+- CPU, many rows (prompts): `native` multiplies in the tiles of AMX where the processor has them, faster than with a
+  float32 kernel. Elsewhere the kernel is converted one layer at a time.
 """
 
 import math
@@ -23,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8, Int32
 
-from lvlm_jax.native import converted_late, few_rows_dot
+from lvlm_jax.native import converted_late, few_rows_dot, many_rows
 
 LARGEST = 127  # largest integer of a kernel; -128 is not used, so that the range is symmetric
 # Up to this many rows, `native` (and without it, three int8 rows each) is faster on a CPU than converting the kernel.
@@ -87,6 +88,8 @@ def _dot_converted(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _dot_on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    if math.prod(x.shape[:-1]) > NATIVE_ROWS and many_rows.fits(x, kernel):
+        return many_rows.many_rows_dot(x, kernel, out_first=True)
     return few_rows_dot(x.astype(jnp.float32), kernel, True, _dot_by_xla, at_most=NATIVE_ROWS)
 
 

@@ -1,4 +1,4 @@
-"""The product of many rows with a matrix, both bfloat16, lowered to `many_rows.h` on CPUs with AMX."""
+"""The product of many rows with a matrix, lowered to `many_rows.h` on CPUs with AMX."""
 
 import functools
 import math
@@ -8,23 +8,28 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, BFloat16, Float, Float32
+from jaxtyping import Array, Float, Float32
 
 from lvlm_jax.native import build
 
 # For fewer rows, rearranging the matrix for the tiles does not pay.
 MANY_ROWS = 32
 _STEP = 32  # both sizes of a matrix must be a multiple of this
+# The number format of a result, by those of rows and matrix.
+_RESULTS = {("bfloat16", "bfloat16"): "bfloat16", ("bfloat16", "int8"): "float32", ("float32", "int8"): "float32"}
 
 
 def fits(x: Array, matrix: Array) -> bool:
     """Whether a product is supported, by dtypes and shapes."""
-    half = x.dtype == matrix.dtype == jnp.bfloat16
-    return half and math.prod(x.shape[:-1]) >= MANY_ROWS and not any(size % _STEP for size in matrix.shape)
+    known = (x.dtype.name, matrix.dtype.name) in _RESULTS
+    return known and math.prod(x.shape[:-1]) >= MANY_ROWS and not any(size % _STEP for size in matrix.shape)
 
 
-def many_rows_dot(x: BFloat16[Array, "*T K"], matrix: Array, out_first: bool) -> BFloat16[Array, "*T N"]:
-    """x · matrix with sums in float32, for a product that `fits`. Differentiable in both, and batched in x.
+def many_rows_dot(x: Float[Array, "*T K"], matrix: Array, out_first: bool) -> Float[Array, "*T N"]:
+    """x · matrix with sums in float32, for a product that `fits`. Batched in x; differentiable in what is not int8.
+
+    The result of two bfloat16 is bfloat16, that of an int8 matrix float32. An int8 is a bfloat16, and a float32 is the
+    sum of three, so no digit is lost before the sums.
 
     Args:
         x: rows.
@@ -48,17 +53,23 @@ def _compiled(**how: Any):
 
 @_product.def_abstract_eval
 def _shape(x, matrix, *, out_first):
-    return jax.core.ShapedArray((*x.shape[:-1], matrix.shape[0 if out_first else 1]), x.dtype)
+    return jax.core.ShapedArray((*x.shape[:-1], matrix.shape[0 if out_first else 1]), _result(x, matrix))
+
+
+def _result(x: Array, matrix: Array) -> jnp.dtype:
+    return jnp.dtype(_RESULTS[x.dtype.name, matrix.dtype.name])
 
 
 def _by_xla(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
     contracted = ((x.ndim - 1,), (1 if out_first else 0,)), ((), ())
-    return jax.lax.dot_general(x, matrix, contracted)
+    dtype = _result(x, matrix)
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(x.astype(dtype), matrix.astype(dtype), contracted, exact)
 
 
 def _call(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
-    shape = jax.ShapeDtypeStruct((rows.shape[0], matrix.shape[0 if out_first else 1]), x.dtype)
+    shape = jax.ShapeDtypeStruct((rows.shape[0], matrix.shape[0 if out_first else 1]), _result(x, matrix))
     product = jax.ffi.ffi_call(build.TILES, shape)(rows, matrix, out_first=out_first)
     return product.reshape(*x.shape[:-1], -1)
 
@@ -71,7 +82,10 @@ def _lower_plain(context, x, matrix, *, out_first):
 def _lower_on_cpu(context, x, matrix, *, out_first):
     # Over several devices, the compiler partitions a product, and could not partition a call.
     alone = getattr(context.module_context.axis_context, "num_devices", None) == 1
-    call = functools.partial(_call if alone and build.tiles() else widened, out_first=out_first)
+    if alone and build.tiles():
+        call = functools.partial(_call, out_first=out_first)
+    else:
+        call = functools.partial(widened, out_first=out_first, dtype=context.avals_out[0].dtype)
     return mlir.lower_fun(call, multiple_results=False)(context, x, matrix)
 
 
@@ -105,11 +119,11 @@ def _batch(operands, axes, *, out_first):
 batching.primitive_batchers[_product] = _batch
 
 
-def widened(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
-    """The product in float32 on a CPU; the matrix is converted only when it is needed."""
+def widened(x: jax.Array, matrix: jax.Array, out_first: bool, dtype: jnp.dtype | None = None) -> jax.Array:
+    """The product in float32 on a CPU, then in `dtype` (that of x); the matrix is converted only when it is needed."""
     wide = x.astype(jnp.float32)
     contracted = ((x.ndim - 1,), (1 if out_first else 0,)), ((), ())
-    return jax.lax.dot_general(wide, converted_late(matrix, wide), contracted).astype(x.dtype)
+    return jax.lax.dot_general(wide, converted_late(matrix, wide), contracted).astype(dtype or x.dtype)
 
 
 def converted_late(matrix: Array, x: Float[Array, "..."]) -> Float32[Array, "..."]:

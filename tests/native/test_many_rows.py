@@ -1,4 +1,4 @@
-"""Products of many rows of bfloat16 against the same in float64, with gradients; by AMX where the processor has it."""
+"""Products of many rows against the same in float64, with gradients; by AMX where the processor has it."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lvlm_jax import native
-from lvlm_jax.models import layers
+from lvlm_jax.models import int8, layers
 from lvlm_jax.native import build, many_rows
 from tests.native.test_few_rows import BY_XLA, random
 
@@ -36,6 +36,23 @@ def test_values_and_gradients(rows, shape, out_first):
     np.testing.assert_allclose(of_x, np.float64(cotangent) @ np.float64(matrix).T, rtol=2**-7, atol=2e-3)
     wanted = np.float64(x).T @ np.float64(cotangent)
     np.testing.assert_allclose(of_matrix.T if out_first else of_matrix, wanted, rtol=2**-6, atol=0.2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "shape"), [(33, (32, 32)), (70, (1120, 288))], ids=str)
+def test_rows_and_an_int8_matrix(rows, shape, dtype):
+    """No digit is lost before the sums."""
+    x = jnp.asarray(random((rows, shape[0]), 1), dtype)
+    kernel = np.random.default_rng(2).integers(-127, 128, shape[::-1], np.int8)
+    result = jax.jit(int8.dot)(x, jnp.asarray(kernel))
+    assert result.dtype == jnp.float32 and calls(int8.dot, x, jnp.asarray(kernel)) == build.tiles()
+    exact = np.float64(x) @ np.float64(kernel).T
+    error = np.sqrt(((np.float64(result) - exact) ** 2).mean() / (exact**2).mean())
+    assert error < 2**-22
+    ends = jnp.asarray([0.1e-29, 0.3e36, jnp.inf, jnp.nan] + [0.0] * (rows - 4), dtype)[:, None] * jnp.eye(1, shape[0])
+    found = np.asarray(int8.dot(ends.astype(dtype), jnp.asarray(kernel)))
+    np.testing.assert_allclose(found[:2], np.float64(ends[:2, :1]) * kernel[:, 0], rtol=1e-6)
+    assert not np.isfinite(found[2:4]).any() and not found[4:].any()
 
 
 def test_batches_are_more_rows_and_derivatives_go_forward():
