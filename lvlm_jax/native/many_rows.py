@@ -15,13 +15,12 @@ from lvlm_jax.native import build
 # For fewer rows, rearranging the matrix for the tiles does not pay.
 MANY_ROWS = 32
 _STEP = 32  # both sizes of a matrix must be a multiple of this
-# The number format of a result, by those of rows and matrix.
-_RESULTS = {("bfloat16", "bfloat16"): "bfloat16", ("bfloat16", "int8"): "float32", ("float32", "int8"): "float32"}
+_KINDS = (("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("float32", "int8"))  # of rows and matrix
 
 
 def fits(x: Array, matrix: Array) -> bool:
     """Whether a product is supported, by dtypes and shapes."""
-    known = (x.dtype.name, matrix.dtype.name) in _RESULTS
+    known = (x.dtype.name, matrix.dtype.name) in _KINDS
     return known and math.prod(x.shape[:-1]) >= MANY_ROWS and not any(size % _STEP for size in matrix.shape)
 
 
@@ -57,7 +56,7 @@ def _shape(x, matrix, *, out_first):
 
 
 def _result(x: Array, matrix: Array) -> jnp.dtype:
-    return jnp.dtype(_RESULTS[x.dtype.name, matrix.dtype.name])
+    return jnp.dtype(jnp.float32) if matrix.dtype == jnp.int8 else x.dtype
 
 
 def _by_xla(x: jax.Array, matrix: jax.Array, out_first: bool) -> jax.Array:
