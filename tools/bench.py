@@ -46,25 +46,26 @@ def command_line(words: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = common.Parser(prog="tools/bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=("pocket", *bench_parts.SIZES), default="0.5b", help="model (default 0.5b)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and caches")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and caches (default float32)")
     parser.add_argument(
         "--quant", choices=("none", *QUANTS), default="none",
-        help="of the decoder's kernels; --dtype alone and transformers are measured beside it (default none)",
+        help="quantize the decoder's kernels; unquantized weights and transformers are measured too (default none)",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, default=1, help="conversations at once, one image each (default 1)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded in a run (default 32)")
     parser.add_argument("--runs", type=int, default=5, help="runs per figure (default 5)")
     parser.add_argument(
-        "--decodes", type=int, default=1, help="decodes after each prefill, all in the figures (default 1)"
+        "--decodes", type=int, default=1, help="timed decodes after each prefill (default 1)"
     )
     parser.add_argument(
-        "--methods", default="cmac", help="names, separated by commas, or all (default cmac; empty for none)"
+        "--methods", default="cmac", help="names separated by commas, or all; empty for no method (default cmac)"
     )
     parser.add_argument(
         "--transformers", metavar="DTYPES",
-        help="float32, bfloat16, both with a comma, or none: its `generate` beside ours (default that of --dtype)",
+        help="dtypes in which transformers' `generate` is measured: float32, bfloat16, both with a comma, or none "
+        "(default: that of --dtype)",
     )  # fmt: skip
-    parser.add_argument("--out", help="write the JSON there too")
+    parser.add_argument("--out", help="file to which the JSON is also written")
     arguments = parser.parse_args(words)
     dtype = arguments.dtype if arguments.transformers is None else arguments.transformers
     arguments.transformers = [] if dtype == "none" else dtype.split(",")
@@ -97,7 +98,7 @@ class Ours:
         )
 
     def run(self) -> tuple[float, float, np.ndarray]:
-        """Milliseconds of the prefill and per decoded token, and the tokens."""
+        """Milliseconds of the prefill, milliseconds per decoded token, and the tokens."""
         self.prefilled = None  # its caches would count twice
         prefill, self.prefilled = bench_parts.seconds(self.prefill)
         return prefill * 1e3, *self.decode()
@@ -124,12 +125,12 @@ class Ours:
 
 
 class Needs(NamedTuple):
-    """The needs of a way of decoding.
+    """What one way of decoding needs.
 
     Attributes:
-        peak_bytes: the larger footprint of its two programs.
-        moved: bytes of a step (one token of each conversation) or of a prefill: weights once, caches once.
-        prefill_flops, step_flops: of the products.
+        peak_bytes: the larger peak of its two programs, prefill and decode loop.
+        moved: bytes that a prefill or a step (one token of each conversation) must read: weights and caches, once.
+        prefill_flops, step_flops: FLOPs of the matrix products.
     """
 
     peak_bytes: int
@@ -173,14 +174,14 @@ class Transformers:
         return self.run()[1:]
 
     def run(self) -> tuple[float, float, np.ndarray]:
-        """Milliseconds of image, prefill and first token together, and per further token; the tokens."""
+        """Milliseconds to the first token, with image and prefill; milliseconds per further token; the tokens."""
         first, _ = bench_parts.seconds(lambda: self.generate(1))
         whole, tokens = bench_parts.seconds(lambda: self.generate(self.new_tokens))
         return first * 1e3, (whole - first) * 1e3 / (self.new_tokens - 1), tokens
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """All figures of one command."""
+    """All figures that the command reports."""
     # No persistent compilation cache: programs that XLA's CPU backend loads from one ran 10 to 20 % slower.
     params, config = bench_parts.model_of(arguments.size, arguments.dtype)
     count, wide = sum(leaf.size for leaf in jax.tree.leaves(params)), params
@@ -188,10 +189,10 @@ def measure(arguments: argparse.Namespace) -> dict:
     inputs, tokens = bench_parts.random_prompt(config, arguments.batch)
     chosen = [name for name in arguments.methods.split(",") if name]
     if chosen == ["all"]:
-        # OPERA is a beam search, with no decoder to time beside; others need something fitted.
+        # Without OPERA, a beam search, which this decode loop does not run, and methods that need something fitted.
         chosen = [name for name in methods.names() if name != "opera" and not hasattr(methods.get(name), "fitted")]
     runners = {"greedy": Ours(params, config, inputs, None, arguments.new_tokens)}
-    if arguments.quant != "none":  # what it is compared with
+    if arguments.quant != "none":  # the quantized model is compared with this one
         runners[arguments.dtype] = Ours(wide, config, inputs, None, arguments.new_tokens)
     for name in chosen:
         # The random model has no tokenizer, so the disturbing instruction is given as token ids.
@@ -202,7 +203,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         runners[name] = Transformers(wide, config, inputs, tokens, arguments.new_tokens, dtype)
     encode = lambda: decode_loop.encode_images(params, config, inputs.pixels)  # noqa: E731
     for name, runner in runners.items():
-        runner.run()  # compiles, and warms up
+        runner.run()  # compiles and warms up
         if name != "greedy":
             runner.prefilled = None  # caches of all methods would fill the memory
     jax.block_until_ready(encode())
@@ -228,7 +229,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
     greedy = figures["greedy"]
     needs = {name: runner.needs() for name, runner in runners.items() if name not in theirs}
-    ceilings = statistics.median(read) * 1e6, statistics.median(peaks) * 1e6  # of a millisecond
+    ceilings = statistics.median(read) * 1e6, statistics.median(peaks) * 1e6  # per millisecond
     result = {
         "size": arguments.size,
         "parameters": count,
@@ -281,10 +282,11 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def roofline(moved: float, flops: float, bandwidth: float, peak: float, seconds: float) -> dict:
-    """Bytes and FLOPs, the least milliseconds that they take, and the share of these in the measured milliseconds.
+    """Bytes, FLOPs, the least milliseconds that they take, and these as a share of the measured milliseconds.
 
     Args:
-        bandwidth, peak: bytes and FLOPs of a millisecond.
+        bandwidth, peak: bytes and FLOPs per millisecond.
+        seconds: the measured time, in milliseconds too.
     """
     least = max(moved / bandwidth, flops / peak)
     return {"bytes": moved, "flops": flops, "least_ms": round(least, 2), "reached": round(least / seconds, 3)}

@@ -2,8 +2,8 @@
 
     python tools/bench_compilers.py --compiler cuda --lengths 624,4096 --methods none,capl --batches 1,8
 
-LLaVA-1.5-7B's shapes cut to two layers, bfloat16; images of 576 tokens, as many as fit. Prints a table, one row for
-each method and batch, GiB of temporary memory and the compiler's seconds.
+The model is LLaVA-1.5-7B cut to two layers, in bfloat16; prompts have as many images of 576 tokens as fit. Prints a
+table with one row per method and batch size, and in each cell the GiB of temporary memory and the compiler's seconds.
 """
 
 import functools
@@ -26,7 +26,7 @@ from lvlm_jax.planning.sizes import SIZES
 from lvlm_jax.processors.layout import bucket
 
 LAYERS, IMAGE, TEXT = 2, 576, 48
-# Of published settings those that act in two layers.
+# Published settings, but in layers that a model of two layers has.
 METHODS = {
     "none": lambda: None,
     "cmac": lambda: methods.CMAC(),
@@ -39,7 +39,7 @@ METHODS = {
 
 @functools.cache
 def cut(layers: int = LAYERS) -> models.FamilyConfig:
-    """LLaVA-1.5-7B with so many layers, and room for prompts of any length."""
+    """LLaVA-1.5-7B with `layers` decoder layers and a context of 2^17 tokens."""
     published = SIZES["llava-1.5-7b"]
     text = published["text_config"] | {"num_hidden_layers": layers, "max_position_embeddings": 2**17}
     return models.config_from_hf(published | {"text_config": text})
@@ -48,7 +48,7 @@ def cut(layers: int = LAYERS) -> models.FamilyConfig:
 def compiled(
     compiler: str, length: int, batch: int, method: Method | None, layers: int = LAYERS
 ) -> jax.stages.Compiled:
-    """Prefill of `batch` prompts of `length` tokens on one device, whose answers may have 128 tokens."""
+    """Prefill of `batch` prompts of `length` tokens on one device, with cache columns for 128 answer tokens."""
     config = cut(layers)
     mesh = make_mesh(1, 1, 1, compilers.absent_devices(compiler)[:1])
     params = inference.parameters(config, "bfloat16", mesh)
@@ -67,7 +67,7 @@ def compiled(
 
 
 def decode(compiler: str, sizes: tuple[int, int, int], config: models.FamilyConfig) -> jax.stages.Compiled:
-    """The loop of greedy decoding behind a prompt of 624 tokens, on a mesh of those sizes."""
+    """The greedy decode loop after a prompt of 624 tokens, on a mesh of the given sizes."""
     mesh = make_mesh(*sizes, devices=compilers.absent_devices(compiler)[: np.prod(sizes)])
     params = inference.parameters(config, "bfloat16", mesh)
     columns, room = bucket(624), bucket(128)
@@ -92,7 +92,7 @@ def decode(compiler: str, sizes: tuple[int, int, int], config: models.FamilyConf
 
 
 def tower(compiler: str, config: models.FamilyConfig, pictures: list[tuple[int, int]]) -> jax.stages.Compiled:
-    """A tower over loose patches of pictures of such heights and widths in pixels."""
+    """A tower that takes patches, for images of the given (height, width) in pixels."""
     side, merge = config.vision.patch_size, config.vision.merge
     unit = side * merge
     sizes = np.array([[1, *(round(length / unit) * merge for length in picture)] for picture in pictures])
@@ -110,7 +110,7 @@ def tower(compiler: str, config: models.FamilyConfig, pictures: list[tuple[int, 
 
 
 def update(compiler: str, length: int, layers: int = LAYERS, recipe: str = "dpo") -> jax.stages.Compiled:
-    """One update of adapters by a pair of rows of `length` tokens, on one device; layers are recomputed."""
+    """One update of adapters on one device by one pair, whose rows have `length` tokens; layers are rematerialized."""
     config = cut(layers)
     job = plan.Job(
         "7b", config, images=max(1, (length - 192) // IMAGE), prompt_tokens=length - 128, new_tokens=128,
@@ -122,14 +122,14 @@ def update(compiler: str, length: int, layers: int = LAYERS, recipe: str = "dpo"
 
 
 def temporary(program: jax.stages.Compiled) -> float:
-    """GiB."""
+    """GiB of temporary memory."""
     return program.memory_analysis().temp_size_in_bytes / 2**30
 
 
 def main(words: list[str]) -> int:
     """Print the table."""
     parser = common.Parser(prog="tools/bench_compilers.py", description=__doc__)
-    parser.add_argument("--compiler", choices=compilers.NAMES, default="cuda", help="whose (default cuda)")
+    parser.add_argument("--compiler", choices=compilers.NAMES, default="cuda", help="the platform (default cuda)")
     for name, default in (("lengths", "624,4096,16384,32768"), ("batches", "1"), ("methods", ",".join(METHODS))):
         parser.add_argument(f"--{name}", default=default, help=f"separated by commas (default {default})")
     flags = parser.parse_args(words)

@@ -2,9 +2,9 @@
 
     python tools/bench_memory.py --dtype bfloat16 --sizes 0.5b,1b
 
-Each size runs in a process of its own, which makes random weights, answers one prompt with an image twice, and reports
-how much it grew meanwhile. Python, libraries and programs take the same memory in both processes, so the slope between
-them is the cost of a byte of weights.
+Each size runs in its own process, which makes random weights, answers one prompt with an image twice, and reports its
+largest resident size meanwhile. Python, libraries and programs take the same memory in both processes, so the slope
+between the two sizes is the memory per byte of weights.
 """
 
 import argparse
@@ -36,11 +36,11 @@ def answer(size: str, dtype: str, new_tokens: int) -> dict:
 
 
 def main() -> None:
-    """Prints JSON: bytes by size, and the slope."""
+    """Prints JSON: the bytes of each size, and the slope."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="0.5b,1b", help="two sizes, the smaller one first (default 0.5b,1b)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and caches (default bfloat16)")
-    parser.add_argument("--new-tokens", type=int, default=16, help="tokens of the answer (default 16)")
+    parser.add_argument("--new-tokens", type=int, default=16, help="length of the answer in tokens (default 16)")
     flags = parser.parse_args()
     results = {}
     for size in flags.sizes.split(","):

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: models of random weights, prompts, clocks, and the peak speeds of the machine."""
+"""What the benchmarks share: models with random weights, prompts, timers, and the peak speeds of the machine."""
 
 import pathlib
 import platform
@@ -49,7 +49,7 @@ TEXT_TOKENS = (8, 40)  # before and after the image, as in a chat template with 
 
 
 def random_parameters(config, dtype: jnp.dtype) -> dict:
-    """Normal weights of deviation 0.02, made on the device; norms are one."""
+    """Normal weights with standard deviation 0.02, made on the device; the scales of norms are 1."""
     leaves, tree = jax.tree.flatten_with_path(models.abstract_parameters(config, dtype))
     draw = jax.jit(lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype), static_argnums=1)
     keys = jax.random.split(jax.random.key(0), len(leaves))
@@ -72,12 +72,12 @@ def model_of(size: str, dtype: str) -> tuple[dict, object]:
 
 
 def words_of(config) -> np.ndarray:
-    """All tokens but the image's placeholder."""
+    """All token ids except the image placeholder."""
     return np.setdiff1d(np.arange(config.text.vocab_size, dtype=np.int32), config.image_token_id)
 
 
 def random_prompt(config, batch: int) -> tuple:
-    """Inputs of `batch` conversations with one image each, all alike in length."""
+    """Inputs of `batch` conversations of equal length with one image each, and their tokens [batch, T]."""
     rng, words = np.random.default_rng(0), words_of(config)
     before, after = TEXT_TOKENS
     rows = [
@@ -101,20 +101,20 @@ def random_prompt(config, batch: int) -> tuple:
 
 
 def seconds(call) -> tuple[float, object]:
-    """The seconds of a call until its arrays are ready, and its result."""
+    """Seconds from a call until its arrays are ready, and its result."""
     start = time.perf_counter()
     result = jax.block_until_ready(call())
     return time.perf_counter() - start, result
 
 
 def summary(values: list[float], digits: int = 2) -> dict:
-    """Median and range, rounded."""
+    """Median, minimum and maximum, rounded."""
     rounded = [round(value, digits) for value in values]
     return {"median": round(statistics.median(values), digits), "min": min(rounded), "max": max(rounded)}
 
 
 def bandwidth(copy: bool) -> float:
-    """GB/s of one pass over a gigabyte: read only, or read and written."""
+    """GB/s of a pass over a gibibyte that reads it, or reads and writes it (`copy`)."""
     array = jnp.ones((2**28,), jnp.float32)
     call = jax.jit((lambda x: x + 1) if copy else jnp.sum)
     call(array).block_until_ready()
@@ -123,7 +123,7 @@ def bandwidth(copy: bool) -> float:
 
 
 def peak(dtype: str) -> float:
-    """GFLOP/s of one large product of matrices, exact to float32 if they are."""
+    """GFLOP/s of one large matrix product; float32 matrices are multiplied in full float32 precision."""
     side = 2048 if jax.default_backend() == "cpu" else 8192
     matrix = jnp.ones((side, side), dtype)
     call = jax.jit(lambda x: jnp.dot(x, x, precision="highest"))
@@ -132,7 +132,7 @@ def peak(dtype: str) -> float:
 
 
 def program_bytes(compiled) -> int:
-    """Peak bytes of a program: arguments, results that are not aliased to them, temporaries."""
+    """Peak bytes of a program: arguments, temporaries, and results that do not reuse the arguments' memory."""
     memory = compiled.memory_analysis()
     return (
         memory.argument_size_in_bytes

@@ -25,7 +25,7 @@ from lvlm_jax.weights.names import pocket_file
 
 
 def plain_server() -> int:
-    """transformers' `generate`, one request at a time, streamed; its port."""
+    """Starts a server that streams transformers' `generate`, one request at a time. Returns its port."""
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration, TextIteratorStreamer
 
@@ -62,7 +62,7 @@ def plain_server() -> int:
 
 
 def timed(port: int, clients: int, requests: int, uris: list[str]) -> tuple[float, float, float, list[str]]:
-    """Characters a second, and the median and 90th percentile of the time to the first token."""
+    """Characters per second, median and 90th percentile of the seconds to the first token, and the answers."""
 
     def one(number: int) -> tuple[float, str]:
         image = {"type": "image_url", "image_url": {"url": uris[number % len(uris)]}}
@@ -90,10 +90,12 @@ def timed(port: int, clients: int, requests: int, uris: list[str]) -> tuple[floa
 
 
 def main() -> int:
-    """Both servers, every number of clients; they are asked in turn."""
+    """Times both servers in turn, for each number of clients."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=32, help="of a measurement, or one for each client")
+    parser.add_argument(
+        "--requests", type=int, default=32, help="per measurement; at least one per client (default 32)"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each server and number of clients")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--caches", action="store_true", help="leave the server's caches on")
@@ -104,7 +106,7 @@ def main() -> int:
     print(server.ready)
     ports = {"generate": plain_server(), "lvlm serve": server.port}
     for port in ports.values():
-        timed(port, 1, len(uris), uris)  # whatever is slow the first time
+        timed(port, 1, len(uris), uris)  # warms up
     same = True
     for clients in flags.clients:
         rates = {name: [] for name in ports}
@@ -122,7 +124,7 @@ def main() -> int:
 
 
 def spread(values: list[float], digits: int) -> str:
-    """The median, with the smallest and the largest."""
+    """Median, minimum and maximum in words."""
     low, middle, high = (f"{value:.{digits}f}" for value in np.quantile(values, [0, 0.5, 1]))
     return f"{middle} ({low} to {high})"
 

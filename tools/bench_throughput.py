@@ -3,8 +3,8 @@
     python tools/bench_throughput.py --out throughput.json
     python tools/bench_throughput.py --batches 1,8,64 --prompts 256 --method cmac --no-transformers
 
-Every figure covers everything from conversations to texts, images and prompts included, over one set of captions
-of drawn scenes. The three ways are plain batches (sorted by length of prompt, each as long as its longest answer),
+Every figure covers all work from conversations to texts, including images and prompts, on one set of questions about
+drawn scenes. The three ways are plain batches (sorted by length of prompt, each as long as its longest answer),
 continuous batching (when an answer ends, the next prompt takes its row), and transformers' `generate` on the plain
 batches. They take turns within a run, because shared machines drift; figures are medians with minimum and maximum. A
 first pass, which is not timed, compiles and checks whether all ways give the same answers.
@@ -45,21 +45,23 @@ def command_line(words: list[str]) -> argparse.Namespace:
         prog="tools/bench_throughput.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default="pocket", help="checkpoint folder or hub id (default pocket)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and caches")
-    parser.add_argument("--method", default="none", help="none, or a method with its own settings (default none)")
-    parser.add_argument("--batches", default=BATCHES, help=f"batch sizes, by commas (default {BATCHES})")
-    parser.add_argument("--prompts", type=common.number(int, 1), default=128, help="captions asked for (default 128)")
     parser.add_argument(
-        "--max-new-tokens", type=common.number(int, 1), default=128, help="longest answer (default 128)"
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and caches (default float32)"
+    )
+    parser.add_argument("--method", default="none", help="none, or a method with its own settings (default none)")
+    parser.add_argument("--batches", default=BATCHES, help=f"batch sizes separated by commas (default {BATCHES})")
+    parser.add_argument("--prompts", type=common.number(int, 1), default=128, help="number of prompts (default 128)")
+    parser.add_argument(
+        "--max-new-tokens", type=common.number(int, 1), default=128, help="tokens of the longest answer (default 128)"
     )
     parser.add_argument("--runs", type=common.number(int, 1), default=3, help="runs per figure (default 3)")
-    parser.add_argument("--no-transformers", action="store_true", help="leave the comparison with transformers out")
-    parser.add_argument("--out", help="write the JSON there too")
+    parser.add_argument("--no-transformers", action="store_true", help="do not compare with transformers")
+    parser.add_argument("--out", help="file to which the JSON is also written")
     return parser.parse_args(words)
 
 
 def captions(count: int) -> list[tuple[str, list[dict]]]:
-    """Prompts about drawn scenes, with their conversations; those of about one length together."""
+    """Prompts about drawn scenes, with their conversations, sorted by length."""
     texts = [PROMPTS[number % len(PROMPTS)] for number in range(count)]
     order = sorted(range(count), key=lambda number: length_class(texts[number]))
     pictures = {number: Image.fromarray(render(scene_at("test", number))) for number in order}
@@ -132,7 +134,7 @@ class Transformers:
 
 
 def in_batches(conversations: list[list[dict]], batch: int):
-    """Batches of one size, the last filled up with copies, and how many of each count."""
+    """Batches of equal size, each with its number of real conversations; copies fill the last batch."""
     for start in range(0, len(conversations), batch):
         some = conversations[start : start + batch]
         yield some + some[-1:] * (batch - len(some)), len(some)
@@ -173,7 +175,7 @@ def curve(ways: dict, conversations: list[list[dict]], batches: list[int], runs:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """All figures of one command."""
+    """All figures that the command reports."""
     try:
         batches = [int(size) for size in arguments.batches.split(",")]
     except ValueError as error:

@@ -61,21 +61,21 @@ def command_line(words: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = common.Parser(prog="tools/bench_train.py", description=__doc__)
     parser.add_argument("--size", choices=("pocket", *bench_parts.SIZES), default="pocket",
-                        help="model, as tools/bench.py has them (default pocket)")  # fmt: skip
+                        help="model, as in tools/bench.py (default pocket)")  # fmt: skip
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
                         help="of products and frozen weights; adapters are float32 (default float32)")  # fmt: skip
     parser.add_argument("--batch", type=common.number(int, 1), default=4, metavar="N",
-                        help="pairs of a step (default 4)")  # fmt: skip
+                        help="pairs per step (default 4)")  # fmt: skip
     parser.add_argument("--length", type=common.number(int, 1), metavar="N",
-                        help="tokens of a row: the image's, 48 of the prompt, and the answer's "
-                        "(default 128 and the image's)")  # fmt: skip
+                        help="tokens per row: the image's, 48 of the prompt, and the answer's "
+                        "(default: the image's and 128)")  # fmt: skip
     parser.add_argument("--rank", type=common.number(int, 1), default=16, metavar="N",
-                        help="of the adapters (default 16)")  # fmt: skip
+                        help="rank of the adapters (default 16)")  # fmt: skip
     parser.add_argument("--runs", type=common.number(int, 1), default=5, metavar="N",
-                        help="steps per figure, after one to warm up (default 5)")  # fmt: skip
+                        help="timed steps per figure, after one untimed step (default 5)")  # fmt: skip
     parser.add_argument("--against", choices=("peft", "none"),
                         help="what to compare with (default: peft on a CPU in float32, else none)")  # fmt: skip
-    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="write the JSON there too")
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="file to which the JSON is also written")
     arguments = parser.parse_args(words)
     if arguments.against == "peft" and arguments.dtype != "float32":
         raise LVLMError("the comparison with peft is in float32; leave --dtype or --against peft out")
@@ -85,7 +85,8 @@ def command_line(words: list[str]) -> argparse.Namespace:
 def problem(arguments: argparse.Namespace) -> tuple[object, dict, dict, dict]:
     """(config, adapters, frozen, batch); the same for the same arguments on the same platform.
 
-    B of the adapters is drawn too: were it 0, policy and reference would be equal, and so any two losses.
+    The adapters' matrices B are random too. If they were 0, policy and reference would be equal, and the loss would be
+    the same whether or not a program is correct.
     """
     params, config = bench_parts.model_of(arguments.size, arguments.dtype)
     adapters, frozen = lora.attach_adapters(
@@ -102,7 +103,7 @@ def random_pairs(config, count: int, length: int | None) -> dict:
     """A batch as `training.pair_batches` makes them, of rows without padding: text, image, text, answer.
 
     Raises:
-        LVLMError: no room for an answer, or for the row in the model's context.
+        LVLMError: `length` leaves no token for an answer, or exceeds the model's context.
     """
     (before, after), image = bench_parts.TEXT_TOKENS, config.tokens_per_image
     prompt = before + image + after
@@ -160,12 +161,12 @@ class Ours:
         }
 
     def step(self) -> tuple[float, float]:
-        """Seconds, and the loss."""
+        """Seconds and loss of a step."""
         seconds, (self.state, metrics) = bench_parts.seconds(lambda: self.program(self.state, *self.rest))
         return seconds, float(metrics["objective"].value)
 
     def peak_bytes(self) -> int:
-        """The most that was held: by the process on a CPU since it was set up, else on the device."""
+        """Peak bytes on the device; on a CPU, of the process since it was set up."""
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or peak_bytes()
 
 
@@ -194,7 +195,7 @@ class Peft:
         self.about = {"versions": versions, "threads": torch.get_num_threads(), "resident_bytes": reset_peak()}
 
     def step(self) -> tuple[float, float]:
-        """Seconds, and the loss."""
+        """Seconds and loss of a step."""
         return bench_parts.seconds(self._step)
 
     def _step(self) -> float:
@@ -212,7 +213,7 @@ class Peft:
         return loss.item()
 
     def _embeddings(self):
-        """Of all rows, chosen answers first; each picture is encoded once."""
+        """Embeddings of all rows, chosen answers first; each image is encoded once."""
         model = self.model.get_base_model()
         pictures = self.torch.cat(list(model.get_image_features(self.pixels).pooler_output)).repeat(2, 1)
         embedded = model.get_input_embeddings()(self.tokens)
@@ -228,7 +229,7 @@ class Peft:
         return logits.log_softmax(dim=-1).gather(2, targets)[..., 0].sum(dim=1)
 
     def peak_bytes(self) -> int:
-        """The most that the process held since it was set up."""
+        """Peak bytes of the process since it was set up."""
         return peak_bytes()
 
 
@@ -264,7 +265,7 @@ def peak_bytes() -> int:
 
 def serve(kind: str, arguments: argparse.Namespace, folder: pathlib.Path, pipe) -> None:
     """The main function of a process: answers requests from the pipe, until the request is "peak"."""
-    # XLA's CPU backend runs programs more slowly that come from the persistent cache.
+    # Programs that XLA's CPU backend loads from the persistent cache run slower.
     os.environ[compilation.SWITCH] = "0"
     try:
         if kind == "prepare":
@@ -283,7 +284,7 @@ class Worker:
     """A process that runs `serve`; its first message is in `about`."""
 
     def __init__(self, kind: str, arguments: argparse.Namespace, folder: pathlib.Path):
-        context = multiprocessing.get_context("spawn")  # a fork would share what JAX has started
+        context = multiprocessing.get_context("spawn")  # a forked process would inherit the state of a started JAX
         self._pipe, theirs = context.Pipe()
         self._kind = kind
         self._process = context.Process(target=serve, args=(kind, arguments, folder, theirs), daemon=True)
@@ -292,7 +293,7 @@ class Worker:
         self.about = self._answer()
 
     def ask(self, what: str):
-        """Its answer to "step" or "peak"."""
+        """The process's answer to "step" or "peak"."""
         self._pipe.send(what)
         return self._answer()
 
@@ -311,7 +312,7 @@ class Worker:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """All figures of one command."""
+    """All figures that the command reports."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         workers = {"ours": Worker("ours", arguments, folder)}
@@ -344,7 +345,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         }
     ours = result["ours"] | {"program_bytes": about["program_bytes"]}
     if about["peak_flops"] and arguments.dtype == "bfloat16":  # the known peaks are those of bfloat16
-        # As train.py logs it: the reference's pass, the tower and attention's own products are not counted.
+        # As train.py logs it: without the FLOPs of the reference, the tower and the products QKᵀ and PV.
         shares = [about["flops"] / seconds / about["peak_flops"] for seconds, _ in timed["ours"][1:]]
         ours["mfu"] = bench_parts.summary(shares, 4)
     result["ours"] = ours
@@ -370,7 +371,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def main(words: list[str]) -> int:
-    """Measures, prints the JSON and writes it where `--out` says; 1 where losses do not agree."""
+    """Measures, prints the JSON and writes it where `--out` says. Returns 1 if the losses do not agree."""
     arguments = command_line(words)
     figures = measure(arguments)
     report = json.dumps(figures, indent=2)

@@ -58,9 +58,9 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pocket", help="checkpoint (default pocket)")
     parser.add_argument("--pairs", required=True, help="pairs.jsonl of held-out pairs")
-    parser.add_argument("--methods", nargs="+", default=[], help="methods in the words of --method")
+    parser.add_argument("--methods", nargs="+", default=[], help="methods, written as for --method")
     parser.add_argument(
-        "--against", default="none", metavar="METHOD", help="what they are compared with (default none)"
+        "--against", default="none", metavar="METHOD", help="the method that they are compared with (default none)"
     )
     parser.add_argument("--batch-size", type=common.number(int, 1), default=24, help="pairs per batch (default 24)")
     flags = parser.parse_args(words)

@@ -1,4 +1,4 @@
-"""Makes a checkpoint of random weights out of the small files of a published one: full sizes, real names and dtypes.
+"""Makes a checkpoint of random weights from the small files of a published one, with its sizes, names and dtypes.
 
     python tools/random_checkpoint.py FILES OUT
     python tools/random_checkpoint.py FILES OUT --layers 4
@@ -26,13 +26,13 @@ INDEXES = "*.index.json"
 
 
 def values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Random numbers of a tensor, as large as its kind needs."""
+    """Random values of a tensor, scaled by its kind."""
     drawn = np.random.default_rng([seed, *name.encode()]).standard_normal(shape, np.float32)
     fan_in = math.prod(shape[1:])
     if len(shape) == 1:
         if name.endswith("bias"):
             return 0.1 * drawn
-        # The decoder's last norm has either sign: with tied embeddings a token would otherwise predict itself.
+        # The scales of the decoder's last norm have random signs, or with tied embeddings a token would predict itself.
         last = name.endswith(("text_model.norm.weight", "model.norm.weight"))
         return np.sign(drawn) if last else 1 + 0.1 * drawn
     if "embed" in name:
@@ -47,10 +47,10 @@ def cut(config: dict, layers: int) -> dict:
 
 
 def make(files: Path, out: Path, layers: int | None = None, seed: int = 0) -> int:
-    """Writes the checkpoint, and returns its bytes.
+    """Writes the checkpoint and returns the bytes of its weights.
 
     Raises:
-        LVLMError: files that cannot be read, or a folder that is there already.
+        LVLMError: a file cannot be read, or `out` exists.
     """
     if out.exists():
         raise LVLMError(f"{out} is there already; name a new folder")
@@ -74,12 +74,12 @@ def make(files: Path, out: Path, layers: int | None = None, seed: int = 0) -> in
 
 
 def main() -> None:
-    """Makes the folder that the command line names."""
+    """Makes the checkpoint that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, help="folder of published files")
     parser.add_argument("out", type=Path, help="the new folder")
     parser.add_argument("--layers", type=int, metavar="N", help="decoder layers to keep (default all)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights (default 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights (default 0)")
     flags = parser.parse_args()
     try:
         size = make(flags.files, flags.out, flags.layers, flags.seed)

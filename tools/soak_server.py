@@ -1,4 +1,4 @@
-"""Soaks `lvlm serve`: many mixed requests from many clients, every answer compared with `LVLM.generate`'s.
+"""Soak test of `lvlm serve`: many mixed requests from many clients; each answer is compared with `LVLM.generate`'s.
 
     python tools/soak_server.py --requests 2000 --clients 32
 
@@ -27,14 +27,14 @@ from lvlm_jax import LVLM
 from lvlm_jax.pocket import scenes
 
 METHODS = ("none", "cmac", "cmac:alpha=1", "cmac:alpha=0.5,beta=0.1", "vcd:alpha=0.5")
-# Answers of many words, so that one in the place of another is seen.
+# Their answers are long and differ, so that swapped answers are noticed.
 QUESTIONS = ("Please describe this image in detail.", "Describe this image.", "Is there a cup in the image?")
 DECODINGS = ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 7})
 LIMIT = 24  # tokens
 
 
 def pictures(count: int) -> list[str]:
-    """Pictures of the pocket world, as data URIs."""
+    """Images of the pocket world as data URIs."""
     uris = []
     for number in range(count):
         file = io.BytesIO()
@@ -44,7 +44,7 @@ def pictures(count: int) -> list[str]:
 
 
 class Server:
-    """A server in a process of its own."""
+    """`lvlm serve` in its own process."""
 
     def __init__(self, *flags: str):
         words = [sys.executable, "-m", "lvlm_jax", "serve", "--port", "0", *flags]
@@ -55,7 +55,7 @@ class Server:
         threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
 
     def ask(self, body: bytes, leave: bool = False) -> tuple[int, str]:
-        """Status and text of an answer, streamed or whole; 0 after leaving."""
+        """Status and text of an answer, streamed or not. With `leave`, disconnects early and returns status 0."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         try:
             connection.request("POST", "/v1/chat/completions", body)
@@ -77,20 +77,20 @@ class Server:
             connection.close()
 
     def metric(self, name: str) -> float:
-        """One of /metrics."""
+        """The value of a metric of /metrics."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("GET", "/metrics")
         text = connection.getresponse().read().decode()
         return float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
 
     def memory(self) -> int:
-        """MB in memory."""
+        """The server's resident memory in MiB."""
         with open(f"/proc/{self.process.pid}/status") as file:
             return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1]) // 1024
 
 
 def main() -> int:
-    """Soak, then SIGTERM in the middle of a second, shorter one."""
+    """Runs the soak test, then a shorter one that is interrupted by SIGTERM."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--clients", type=int, default=32)

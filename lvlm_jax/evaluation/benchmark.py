@@ -91,5 +91,5 @@ class Benchmark:
 
 
 def word_of(figure: str) -> str:
-    """The word of a figure: "accuracy" for "random: accuracy"."""
+    """A figure's name without its subset: "accuracy" for "random: accuracy"."""
     return figure.rpartition(": ")[2]

@@ -127,7 +127,7 @@ def record(
         questions: the questions, in order.
         files: role -> files, from a benchmark's `question_files`.
         model: path or hub id, with `model_sha256` of its files or its `revision`.
-        method: a method, or the record of one; None for none (or if unknown, for answers of other programs).
+        method: a method or its record; None without a method, or if it is unknown (answers of other programs).
         seed: seed of sampling.
         more: everything else that determines the figures (bootstrap seed, source of the images, ...).
     """

@@ -205,7 +205,8 @@ def _run(
         tokens: the prompt's token ids.
         limit: largest number of tokens to write.
         answer_capacity: how many tokens fit in the caches after the prompt.
-        embedding_axes: the grid axes in the embeddings of `prompt` and of `contrast`; None for none.
+        embedding_axes: the grid axes of the embeddings of `prompt` and of `contrast`, or None where there is no grid
+            axis.
         options: static options of `forward.prefill`.
     """
 

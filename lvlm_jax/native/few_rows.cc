@@ -1,9 +1,9 @@
-// Products of a few rows with a matrix, as decoding makes them: float32 rows, a matrix of float32, bfloat16, float16 or
-// int8. Smaller numbers are converted in registers, so that memory is read for what they take.
+// Products of a few rows with a matrix, as in decoding: float32 rows, and a matrix of float32, bfloat16, float16 or int8.
+// Smaller types are converted in registers, so that only their own bytes are read from memory.
 //
-// Such a product is done when the matrix has been read once, so everything here serves reading: items of work are pieces
-// of memory that lie together, every row is multiplied while a piece is in registers, and threads take the next piece
-// when they are done with theirs. Sums are added in an order that the shapes decide, never the number of threads.
+// Such a product takes as long as reading the matrix once. So each item of work is a contiguous piece of memory, all rows
+// are multiplied with what has been loaded into registers, and a thread that is done with a piece takes the next one. The
+// order of additions depends only on the shapes, never on the number of threads.
 
 #include <algorithm>
 #include <atomic>
@@ -32,7 +32,7 @@ inline float Sum(Lanes lanes) {
   return part[0];
 }
 
-// Calls multiply(first row, how many) for groups of one to four rows, the number being a constant of the compiler's.
+// Calls multiply(first row, number of rows) for groups of one to four rows; the number is a compile-time constant.
 template <class F>
 void InGroups(int64_t rows, const F& multiply) {
   for (int64_t row = 0; row < rows; row += 4) {
@@ -47,10 +47,10 @@ void InGroups(int64_t rows, const F& multiply) {
 
 // ---- w [in, out] ----------------------------------------------------------------------------------------------------
 
-// A piece of w: so many of its columns, and of its rows at least so many, together a megabyte of float32; more rows where
-// there are pieces enough, because every piece has sums of its own.
-constexpr int64_t kPieceOut = 2048;
-constexpr int64_t kPieceIn = 128;
+// Sizes of a piece of w. 2048 columns of 128 rows are a megabyte of float32. Pieces have more rows if there would be more
+// than about `kPieces` otherwise, because each piece has its own sums, which are added up at the end.
+constexpr int64_t kPieceOut = 2048;  // columns
+constexpr int64_t kPieceIn = 128;    // rows
 constexpr int64_t kPieces = 64;
 
 // y[r, :] += sum over u of x[r, u] w[u, :], for R rows and U channels.
@@ -72,7 +72,7 @@ inline void AddChannels(const float* x, int64_t x_stride, const W* w, int64_t w_
       for (int u = 0; u < U; ++u) y[r * columns + column] += x[r * x_stride + u] * Value(w[u * w_stride + column]);
 }
 
-constexpr int kChannels = 8;  // read at a time
+constexpr int kChannels = 8;  // rows of w that are multiplied at a time
 
 // y [rows, columns] += x[:, in to end] w[in to end, columns from `out` on].
 template <int U, class W>
@@ -87,7 +87,7 @@ void AddPiece(const Product<W>& p, int64_t in, int64_t end, int64_t out, float* 
 template <class W>
 void MultiplyInOut(ffi::ThreadPool& pool, const Product<W>& p) {
   const int64_t wide = Ceil(p.out, kPieceOut), deep = std::min(Ceil(p.in, kPieceIn), Ceil(kPieces, wide));
-  // The sums are kept by the calling thread, which outwaits those who write them.
+  // A buffer of the calling thread. Other threads write sums into it; the calling thread waits until they are done.
   static thread_local std::vector<float> kept;
   if (kept.size() < static_cast<size_t>(deep * p.rows * p.out)) kept.resize(deep * p.rows * p.out);
   float* const sums = kept.data();  // per column of pieces: [deep, rows, columns]
@@ -118,7 +118,7 @@ inline void Dots(const Product<W>& p, int64_t row, int64_t out) {
   const float* x = p.x + row * p.in;
   const W* w = p.w + out * p.in;
   Lanes sum[R][C] = {};
-  constexpr int64_t kLine = 64 / sizeof(W);  // numbers of a cache line
+  constexpr int64_t kLine = 64 / sizeof(W);  // numbers in a cache line
   int64_t k = 0;
   const auto add = [&] {
     Lanes value[R];
@@ -144,7 +144,7 @@ inline void Dots(const Product<W>& p, int64_t row, int64_t out) {
 
 template <int R, class W>
 void DotsOfPiece(const Product<W>& p, int64_t row, int64_t out, int64_t end) {
-  constexpr int C = R < 3 ? 8 : 6;  // their sums fit into registers
+  constexpr int C = R < 3 ? 8 : 6;  // R times C sums fit into registers
   for (; out + C <= end; out += C) Dots<R, C>(p, row, out);
   for (; out < end; ++out) Dots<R, 1>(p, row, out);
 }
@@ -152,14 +152,14 @@ void DotsOfPiece(const Product<W>& p, int64_t row, int64_t out, int64_t end) {
 template <class W>
 void MultiplyOutIn(ffi::ThreadPool& pool, const Product<W>& p) {
   const int64_t bytes = p.in * static_cast<int64_t>(sizeof(W));
-  const int64_t piece = std::max<int64_t>(24, kPieceBytes / bytes / 24 * 24);  // 24: whole groups of 6 and of 8
+  const int64_t piece = std::max<int64_t>(24, kPieceBytes / bytes / 24 * 24);  // whole groups of 6 and of 8
   ForEach(pool, Ceil(p.out, piece), [&](int64_t item) {
     const int64_t out = item * piece, end = std::min(out + piece, p.out);
     InGroups(p.rows, [&](int64_t row, auto group) { DotsOfPiece<group()>(p, row, out, end); });
   });
 }
 
-// ---- a matrix for each of many groups of rows, as caches of keys and values are --------------------------------------
+// ---- one matrix for each group of rows, as in caches of keys and values ----------------------------------------------
 
 template <class W>
 void MultiplyEach(ffi::ThreadPool& pool, const Product<W>& all, int64_t count, bool out_first) {
@@ -238,8 +238,8 @@ ffi::Error EachRows(ffi::ThreadPool pool, Groups x, ffi::AnyBuffer w, ffi::Resul
   return ffi::Error::InvalidArgument("each_rows: the matrices must be of bfloat16 or float16");
 }
 
-// Writes columns [..., C, D] into an array [..., S, D] from column `index` on, where the array lies if XLA gives its memory
-// to the result. An index behind the last column writes nothing.
+// Writes columns [..., C, D] into an array [..., S, D] from column `index` on. Writes in place if XLA reuses the array's
+// memory for the result. An index past the last column writes nothing.
 ffi::Error WriteColumns(ffi::AnyBuffer array, ffi::AnyBuffer columns, ffi::AnyBuffer index,
                         ffi::Result<ffi::AnyBuffer> result) {
   const std::vector<int64_t> of(array.dimensions().begin(), array.dimensions().end());

@@ -1,4 +1,4 @@
-// Work on the threads that XLA lends to a call.
+// Parallel loops on the thread pool that XLA passes to a custom call.
 
 #ifndef LVLM_JAX_NATIVE_FOR_EACH_H_
 #define LVLM_JAX_NATIVE_FOR_EACH_H_
@@ -15,14 +15,16 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Calls item(0) ... item(count - 1) on the pool's threads and on this one, which does them all where no other is free.
+// Calls item(0) ... item(count - 1) on the pool's threads and on the calling thread, and returns when all are done. If no
+// pool thread is free, the calling thread makes all calls.
 template <class Item>
 void ForEach(ffi::ThreadPool& pool, int64_t count, const Item& item) {
   struct Progress {
     std::atomic<int64_t> taken{0}, done{0};
   };
   auto progress = std::make_shared<Progress>();
-  // A helper that comes too late finds nothing to take, and must not look at `item`, which is gone by then.
+  // A helper may start after this function has returned. Then no item is left, and it must not touch `item`, a dangling
+  // pointer by then.
   auto work = [progress, count, item = &item] {
     for (int64_t i; (i = progress->taken.fetch_add(1)) < count;) {
       (*item)(i);

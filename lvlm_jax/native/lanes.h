@@ -1,4 +1,4 @@
-// Numbers of a matrix as vectors of float32, converted in registers.
+// Loads matrix elements as vectors of float32, converted in registers.
 
 #ifndef LVLM_JAX_NATIVE_LANES_H_
 #define LVLM_JAX_NATIVE_LANES_H_
@@ -43,7 +43,7 @@ inline float Value(Float16 number) {
   return OfBits(sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13);
 }
 
-// Number by number, where the processor has no instruction for it.
+// One element at a time, for processors without a conversion instruction.
 template <class W>
 inline Lanes Converted(const W* from) {
   float values[kLanes];
@@ -80,7 +80,7 @@ inline Lanes Load(const float* from) {
 }
 
 inline Lanes Load(const int8_t* from) {
-#if defined(__AVX512F__)  // GCC 12 would convert vectors of bytes number by number
+#if defined(__AVX512F__)  // GCC 12 would convert vectors of bytes one element at a time
   return (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
 #elif defined(__AVX2__)
   return (Lanes)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
@@ -91,9 +91,9 @@ inline Lanes Load(const int8_t* from) {
 #endif
 }
 
-// Begins to fetch a cache line that will be read soon, as far as the second-level cache. The processor foresees on its own
-// only what follows on the same page of memory, and the streams here are short (measured: float32 is read 5 % faster so,
-// int8 57 %; fetched into the first-level cache, neither).
+// Prefetches a cache line into the second-level cache. The hardware prefetcher stops at the end of a memory page, and the
+// streams here are short. Measured: reading float32 is 5 % faster with this, int8 57 %; prefetching into the first-level
+// cache speeds up neither.
 inline void Ahead(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 inline void Store(Lanes lanes, float* to) { std::memcpy(to, &lanes, sizeof lanes); }

@@ -1,7 +1,8 @@
-// Products of more than a few rows with a matrix [in, out], as short prompts make them. Such a product takes as long as its
-// multiplications: a piece of the matrix is kept in the processor's caches, and many rows meet it there.
+// Products of more than a few rows with a matrix [in, out], as in short prompts. They are bound by arithmetic, not by
+// memory: a piece of the matrix stays in the caches while it is multiplied with many rows.
 //
-// Sums are cut into short ones, which are added up: XLA's run over all channels one by one, and lose twice as much.
+// Each sum over channels is split into short sums, which are then added. XLA adds all channels one after another, and its
+// rounding error is twice as large.
 
 #ifndef LVLM_JAX_NATIVE_SOME_ROWS_H_
 #define LVLM_JAX_NATIVE_SOME_ROWS_H_
@@ -16,12 +17,12 @@
 
 namespace {
 
-constexpr int64_t kFewRows = 8;              // up to which reading the matrix is what takes the time
-constexpr int64_t kTall = kLanes > 8 ? 12 : 6;  // rows whose sums with two vectors of columns fit into registers
-constexpr int64_t kShort = 4;                // of the last rows
-constexpr int64_t kPanel = 2 * kLanes;       // columns that are summed at a time
-constexpr int64_t kPanels = 16;              // of a piece of the matrix, at most
-constexpr int64_t kSum = 48;                 // channels of a short sum
+constexpr int64_t kFewRows = 8;              // up to this many rows, reading the matrix takes most of the time
+constexpr int64_t kTall = kLanes > 8 ? 12 : 6;  // rows per tile: their sums over two vectors of columns fit into registers
+constexpr int64_t kShort = 4;                // rows per tile for the last rows
+constexpr int64_t kPanel = 2 * kLanes;       // columns per tile
+constexpr int64_t kPanels = 16;              // most panels in a piece of the matrix
+constexpr int64_t kSum = 48;                 // channels in a short sum
 
 // y[r, :] += sum over k of x[k, r] w[k, :], for the first `rows` of R rows.
 template <int R>
@@ -44,10 +45,10 @@ inline void AddTile(const float* x, const float* w, int64_t deep, float* y, int6
     }
 }
 
-// How many rows are multiplied together where so many are left.
+// Rows of the next tile when `left` rows remain.
 inline int64_t Together(int64_t left) { return left > kTall - kShort ? kTall : kShort; }
 
-// Rows [row, row + Together) of x, channel by channel, with zeros behind the last row.
+// Transposes rows [row, row + Together) of x to [channel, row], with zeros after the last row.
 template <class W>
 void TurnRows(const Product<W>& p, int64_t row, float* turned) {
   const int64_t left = p.rows - row, together = Together(left);
@@ -56,7 +57,7 @@ void TurnRows(const Product<W>& p, int64_t row, float* turned) {
     for (int64_t r = 0; r < together; ++r) turned[k * together + r] = r < left ? x[r * p.in + k] : 0;
 }
 
-// Channels [k, k + deep) of a piece's columns as float32, panel by panel, with zeros behind the last column.
+// Copies channels [k, k + deep) of a piece's columns as float32, panel by panel, with zeros after the last column.
 template <class W>
 void PackPiece(const Product<W>& p, int64_t k, int64_t deep, int64_t out, int64_t columns, float* piece) {
   for (int64_t row = 0; row < deep; ++row) {
@@ -64,7 +65,7 @@ void PackPiece(const Product<W>& p, int64_t k, int64_t deep, int64_t out, int64_
     for (int64_t column = 0; column < columns; column += kLanes) {
       float* to = piece + (column / kPanel * kSum + row) * kPanel + column % kPanel;
       if (column + kLanes <= columns) {
-        Ahead(from + kSum * p.out + column);  // for the next piece, while rows meet this one
+        Ahead(from + kSum * p.out + column);  // channels that are packed next
         Store(Load(from + column), to);
         continue;
       }
@@ -77,7 +78,7 @@ void PackPiece(const Product<W>& p, int64_t k, int64_t deep, int64_t out, int64_
 
 template <class W>
 void MultiplyBlocks(ffi::ThreadPool& pool, const Product<W>& p) {
-  // Kept by the calling thread, which outwaits those who use it.
+  // A buffer of the calling thread. Other threads use it too; the calling thread waits until they are done.
   static thread_local std::vector<float> rows;
   if (rows.size() < static_cast<size_t>((p.rows + kTall) * p.in)) rows.resize((p.rows + kTall) * p.in);
   float* const turned = rows.data();
@@ -85,13 +86,13 @@ void MultiplyBlocks(ffi::ThreadPool& pool, const Product<W>& p) {
     const int64_t end = std::min(p.rows, (group + 1) * kTall);
     for (int64_t row = group * kTall; row < end; row += Together(p.rows - row)) TurnRows(p, row, turned + row * p.in);
   });
-  // Pieces enough for all threads; how wide they are decides no sum.
+  // About two pieces per thread, or more. The width of a piece changes no sum.
   const int64_t share = Ceil(Ceil(p.out, kPanel), 2 * std::max<int64_t>(pool.num_threads(), 1));
   const int64_t wide = std::min(kPanels, share) * kPanel;
   ForEach(pool, Ceil(p.out, wide), [&](int64_t item) {
     static thread_local std::vector<float> piece(kPanels * kPanel * kSum), kept;
     const int64_t out = item * wide, columns = std::min(wide, p.out - out), panels = Ceil(columns, kPanel);
-    // Sums of whole panels are made where the result lies.
+    // A piece of whole panels is summed directly in the result.
     const bool whole = columns % kPanel == 0;
     const int64_t stride = whole ? p.out : panels * kPanel;
     if (!whole) kept.resize(p.rows * stride);

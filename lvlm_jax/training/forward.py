@@ -76,7 +76,7 @@ def decode(
 
     Args:
         image_id: 0 for text, k >= 1 for the k-th image, -1 for padding.
-        method: None for none.
+        method: applied in the decoder; None leaves the model unmodified.
         image_count: the largest number of images in a row.
         tap: what else to return.
         rngs: random keys for adapters with dropout.

@@ -143,7 +143,7 @@ class Scorer:
         Args:
             trainable, frozen: the two parts of the parameters; `frozen` is the reference unless the batch contains the
                 reference's log-probabilities. No gradient flows through the reference.
-            key: for the adapters' dropout; None for none.
+            key: PRNG key of the adapters' dropout; None to disable it.
         """
         rngs = None if key is None else {"dropout": key}
         params = parts.join(trainable, frozen)

@@ -84,7 +84,7 @@ def answer_prompts(
         model: as for `LVLM.from_pretrained`; loaded only if an answer is missing.
         dtype: as for `LVLM.from_pretrained`.
         out: folder of the logs of answers and corrections.
-        corrector: as for `correctors.resolve`; None for none.
+        corrector: as for `correctors.resolve`; None keeps the model's answers.
 
     Raises:
         LVLMError: an unusable file, model or corrector, or logs of another run.

@@ -65,11 +65,11 @@ class Flow(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AnswerRows(Method):
-    """The rows of right-padded samples that predict answer tokens, and SEVI's edit of them.
+    """The rows of right-padded samples that predict answer tokens, edited by SEVI.
 
     Attributes:
         sevi: the edit.
-        index: the rows of each sample; an index after the last row means none.
+        index: the rows of each sample; an index past the last row selects none.
     """
 
     sevi: SEVI
@@ -200,7 +200,7 @@ class Alignment:
 
         Args:
             trainable, frozen: the two parts of the parameters; the latter may be from `with_base`.
-            key: for the adapters' dropout; None for none.
+            key: PRNG key of the adapters' dropout; None to disable it.
 
         Returns:
             attention_kl: of the heads that the sample's stage moves, summed over edited layers and heads.

@@ -64,7 +64,7 @@ def metrics(scorer: Scorer, trainable: Any, frozen: Any, batch: Batch, key: jax.
 
     Args:
         trainable, frozen: the two parts of the parameters.
-        key: of the adapters' dropout; None for none.
+        key: PRNG key of the adapters' dropout; None to disable it.
     """
     rngs = None if key is None else {"dropout": key}
     params = parts.join(trainable, frozen)

@@ -32,7 +32,7 @@ def metrics(
 
     Args:
         trainable, frozen: the two parts of the parameters.
-        key: of the adapters' dropout; None for none.
+        key: PRNG key of the adapters' dropout; None to disable it.
         method: the method whose attention is active, or None.
         image_count: the largest number of images in a conversation.
     """

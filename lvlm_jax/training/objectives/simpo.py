@@ -72,7 +72,7 @@ def metrics(
     Args:
         settings: `beta`, `gamma` and `label_smoothing` of `losses`.
         trainable, frozen: the two parts of the parameters.
-        key: of the adapters' dropout; None for none.
+        key: PRNG key of the adapters' dropout; None to disable it.
     """
     rngs = None if key is None else {"dropout": key}
     params = parts.join(trainable, frozen)
