@@ -36,7 +36,7 @@ class Command:
         assert self.process.wait() == 0, self.errors()
 
     def kill(self):
-        """Also waits for its children, such as those that make batches, to notice; how many they were."""
+        """Kills the process and waits until its children, such as batch workers, have ended. Returns their number."""
         pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split() if self.alive() else []
         self.process.kill()
@@ -78,7 +78,7 @@ class Function:
 
 
 def more_lines(path, count=1):
-    """The moment when a file has so many more lines than before the run began."""
+    """The moment when a file has `lines` more lines than before the run began."""
 
     def lines():
         return path.read_bytes().count(b"\n") if path.is_file() else 0
@@ -91,7 +91,7 @@ def more_lines(path, count=1):
 
 
 def half_written(folder, pattern):
-    """The moment when a file or folder that matches the pattern is there, new or written to again."""
+    """The moment when a file or folder that matches the pattern has been created or changed."""
 
     def unfinished():
         found = set()
@@ -122,7 +122,7 @@ class Killed(NamedTuple):
 
 
 def kill_at(start, moment, pause=0.0):
-    """Starts a run and kills it so many seconds after a moment."""
+    """Starts a run and kills it `seconds` after a moment."""
     reached, in_time = moment(), False
     child = start()
     try:
@@ -143,7 +143,7 @@ def kill_and_finish(start, moment, times, longest=0.0):
 
 
 def contents(folder, pattern="*"):
-    """All bytes of the files below a folder that match, by their paths in it."""
+    """The contents of matching files below a folder, by their relative paths."""
     return {
         str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob(pattern)) if path.is_file()
     }

@@ -1,4 +1,4 @@
-"""Marks the slow cases of a test, of which the quick run takes one of every kind."""
+"""Marks the slow cases of a test; the quick run has one case of every kind."""
 
 from collections.abc import Container, Iterable, Mapping
 

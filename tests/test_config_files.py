@@ -49,7 +49,7 @@ def test_a_module_of_the_current_folder(folder):
 
 
 def test_files_elsewhere(folder):
-    """With their neighbours; two of one name; one named like a module that is loaded."""
+    """Files with modules beside them, two of the same name, and one with the name of a loaded module."""
     (folder / "else where").mkdir()
     (folder / "else where" / "mine_two.py").write_text(
         "from mine_two_helper import value\ndef f():\n    return value\n"

@@ -27,7 +27,7 @@ class Numbered(LVLM):
 
 @pytest.fixture
 def qwen2_vl(tmp_path):
-    """Without weights, with a processor."""
+    """A LLaVA-NeXT without weights, with a processor."""
     tokenizer = QWEN2_VL.write_processor(tmp_path)
     config = models.config_from_hf(QWEN2_VL.config(text={"vocab_size": len(tokenizer)}).to_dict())
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")

@@ -46,7 +46,7 @@ def run(arrays, transform, layer=0, carry=None):
 
 
 def expected(arrays, logits=lambda z: z, hide=None, weights=lambda w: w, values=lambda o: o):
-    """The same in float64 NumPy; each edit applies to the explicit rows."""
+    """The outputs and the carry in float64 NumPy; each edit applies to the explicit rows."""
     query, key, value = (array.astype(np.float64) for array in arrays)
     key, value = (np.repeat(array, HEADS // KEY_HEADS, axis=1) for array in (key, value))
     z = np.einsum("bhtd,bhsd->bhts", query, key) / np.sqrt(SIZE)
@@ -66,7 +66,7 @@ def expected(arrays, logits=lambda z: z, hide=None, weights=lambda w: w, values=
 
 
 def assert_equal_where_alive(got, want):
-    """Rows of padding (the second sample's first two) mean nothing."""
+    """Rows of padding (the second sample's first two) are not compared."""
     np.testing.assert_allclose(got[0], want[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(got[1, :, 2:], want[1, :, 2:], rtol=0, atol=1e-5)
     assert np.isfinite(got).all()
@@ -111,7 +111,7 @@ def test_members_of_a_chain_carry_their_own_and_act_in_their_layers(arrays):
 
 
 def test_what_a_chain_asks_for_and_refuses():
-    """The rows of its neediest member; one member at most that replaces the values."""
+    """A chain edits as many rows as the member that needs most; at most one member may replace the values."""
     for one, other, widest in (("last", "post_image", "post_image"), ("all", "last", "all"), ("last", "last", "last")):
         assert Chain((Scale(1.0, rows=one), Identity(other))).rows == widest
     with pytest.raises(LVLMError, match="Shift and Identity cannot be chained"):

@@ -27,7 +27,7 @@ def turned(vectors, at):
 
 
 def test_rotations_compose():
-    """A cached key turned further by a difference of positions stands at the new position, fractions included."""
+    """A cached key that is rotated by a difference of positions (also a fraction) equals the key there."""
     by = positions(5, -3, 0.25, -12.5, 7.75)
     once = turned(VECTORS, AT + by)
     np.testing.assert_allclose(turned(turned(VECTORS, AT), by), once, rtol=0, atol=2e-5)

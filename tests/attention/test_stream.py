@@ -28,7 +28,7 @@ def operands(rows: int, columns: int, dtype=jnp.float32):
 def sight_of(
     rows: int, columns: int, window: int | None = None, images: bool = False, left: bool = True, answers: bool = False
 ) -> LazyMask:
-    """The last `rows` of `columns`; the second sample's padding is 37 columns, and three images lie side by side."""
+    """A window of the last `rows` of `columns`; the second sample has 37 columns of padding, and three images touch."""
     places = np.arange(columns)
     padding = places < 37 if left else places >= columns - 37
     valid = jnp.asarray(np.stack([places >= 0, ~padding]))
@@ -39,7 +39,7 @@ def sight_of(
 
 
 def whole(query, key, value, lazy_mask):
-    """Softmax of the whole map, of heads that are repeated."""
+    """Attention by a softmax over the whole map, with repeated key heads."""
     key, value = (jnp.repeat(array, HEADS // KEY_HEADS, axis=1) for array in (key, value))
     logits = jnp.einsum("bhtd,bhsd->bhts", query, key, precision="highest") / SIZE**0.5
     weights = jax.nn.softmax(jnp.where(lazy_mask.mask()[:, None], logits, -1e30), axis=-1)
@@ -81,7 +81,7 @@ def test_blocks_give_what_the_whole_map_gives(monkeypatch, block, rows, columns,
 
 @pytest.mark.parametrize(("window", "left"), [(None, True), (50, False)])
 def test_what_kernels_are_given_is_what_the_loops_are_given(window, left):
-    """With a stand-in for cuDNN's kernel, and with the TPU kernel in interpret mode."""
+    """Uses a stand-in for cuDNN's kernel, and the TPU kernel in interpret mode."""
     lazy_mask = sight_of(128, 128, window, left=left)
     arguments = (*operands(128, 128), lazy_mask)
     alive = np.asarray(lazy_mask.valid)[:, None, :, None]

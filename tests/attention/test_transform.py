@@ -57,7 +57,7 @@ def expected_site(image_id, first_row):
 
 
 def assert_sites(carried, expected):
-    """All layers saw what was expected; softmax weights are shares of what is visible."""
+    """All layers saw the expected fields; softmax weights sum to 1 over visible columns."""
     assert [int(seen["layer"]) for seen in carried] == [0, 1]
     visible = expected["mask"][:, None]
     alive = visible.any(axis=-1, keepdims=True)  # rows of padding see nothing and mean nothing
@@ -108,7 +108,7 @@ def test_stages_see_the_rows_they_asked_for(model, mixed, transforms, rows):
     ids=["everywhere", "layer 1", "prefill", "layer 0 in decode"],
 )
 def test_stages_run_where_they_are_active(model, mixed, transform, calls):
-    """Checked by the carry of a transform through a prefill and a decode step; the programs are only traced."""
+    """Checked by a transform's carry through prefill and a decode step; the programs are traced, not run."""
     prompt = model.prepare(mixed)
 
     def both(params, embeddings):

@@ -1,4 +1,4 @@
-"""The demo: of smol where all of it is installed, with a description that is mended and one that is spoilt."""
+"""The demo: with smol where it is installed, and with a description that VCD corrects and one that it damages."""
 
 from types import SimpleNamespace
 

@@ -187,7 +187,7 @@ def test_bad_pictures_prompts_and_flags(command, refuses, tmp_path):
 
 
 def test_bad_checkpoints(refuses, tmp_path):
-    """What each fault says: `tests/weights`; here that it is one line and code 2."""
+    """Here only one line and code 2 are checked; `tests/weights` checks the messages."""
     refuses("nowhere", "--model", tmp_path / "nowhere", "--prompt", "a")
     for name, message in (("model.safetensors", "truncated"), ("config.json", "gpt_quiz")):
         folder = shutil.copytree(POCKET, tmp_path / name)

@@ -31,7 +31,7 @@ def test_every_file_is_a_command():
 
 @pytest.mark.parametrize("name", main.COMMANDS)
 def test_each_command(monkeypatch, capsys, name):
-    """Its help, an unknown flag, and its shim in the clone."""
+    """A command's help, its answer to an unknown flag, and its shim in the clone."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
     code, out, error = run(monkeypatch, capsys, name, "--help")
     assert (code, error) == (0, "")

@@ -25,7 +25,7 @@ def command(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Puts the stand-in in the place of every checkpoint."""
+    """Replaces every checkpoint by the stand-in."""
     model = StandIn()
     monkeypatch.setattr(preferences.LVLM, "from_pretrained", lambda path, dtype: model)
     return model
@@ -78,7 +78,7 @@ def test_flags_reach_the_model_and_the_record(command, stand_in, tmp_path):
 
 
 def test_pairs_that_teach_to_contradict_the_model_are_refused_with_the_figure(command, stand_in, tmp_path):
-    """The model says "cross ..." and, rejected, "truncated ..."; of four prompts it has one right."""
+    """The model's chosen answers are "cross ...", its rejected ones "truncated ..."; one of four is right."""
     rows = [
         {
             "images": ["a_0.png"],

@@ -1,4 +1,4 @@
-"""`lvlm train`: its help lists a config's fields; configs by name; what is wrong with one is one line."""
+"""`lvlm train`: its help lists a config's fields; configs are found by name; faults of a config are one line."""
 
 import functools
 
@@ -54,7 +54,7 @@ def test_a_config_or_a_field_that_is_not_there(folder, monkeypatch, capsys, name
 
 @pytest.mark.slow
 def test_a_learned_method_is_used_by_its_file(folder, monkeypatch, capsys, checkpoint):
-    """Two steps write a method, with which another command answers, otherwise than without it."""
+    """Two steps of training write a method. Another command answers with it, differently than without it."""
     pair_sets.write(folder)
     config = {"model": checkpoint, "data": "pairs.jsonl", "steps": 2, "batch": 5, "length": 95, "optimizer.peak": 2.0}
     config |= {"learned.method": "vaf:start_layer=0,end_layer=none"}

@@ -68,7 +68,7 @@ def test_a_token_on_several_devices_costs_two_sums_a_layer(compiler, ways):
 @pytest.mark.slow
 @pytest.mark.parametrize("ways", [1, 4])
 def test_a_plan_by_the_compiler(compiler, ways):
-    """A token reads its share of the weights and of the cache once, and costs two messages a layer."""
+    """For each token a device reads its share of weights and cache once, and sends two messages per layer."""
     config = bench_compilers.cut()
     text = config.text
     with optimised(True):
@@ -91,7 +91,7 @@ def test_a_plan_by_the_compiler(compiler, ways):
 
 @pytest.mark.slow
 def test_heads_that_eight_devices_would_cut_are_spread_over_four(compiler):
-    """Qwen2-7B has 4 key heads: two sums a layer, and each device has its part of the caches alone."""
+    """Qwen2-7B has 4 key heads: two all-reduces per layer, and each device has only its part of the caches."""
     raw = published("qwen2_5_vl", "Qwen2.5-VL-7B-Instruct")
     layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
     text = raw.get("text_config", raw)

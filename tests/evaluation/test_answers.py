@@ -155,7 +155,7 @@ def test_a_question_is_not_taken_for_its_answer(tmp_path, questions):
 
 
 def test_chair_goes_by_the_image(tmp_path):
-    """By its number in any writing, whatever other ids and texts a row has."""
+    """A row is matched by its number, however written, whatever other ids and texts it has."""
     rows = [{"question_id": 1, "image_id": 7, "text": "Describe it.", "caption": "a"}]
     names = {"COCO_val2014_000000000042.jpg": "b", "000000000043": "c", "x": "d"}
     rows += [{"image_id": name, "caption": text} for name, text in names.items()]

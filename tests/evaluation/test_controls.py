@@ -91,7 +91,7 @@ def test_first_tokens_of_yes_and_no():
 
 
 def test_log_odds_are_those_of_transformers(model, torch_model, tmp_path):
-    """Log-odds do not depend on the batch and are not computed twice."""
+    """Log-odds do not depend on the batch size and are computed only once."""
     questions = []
     for number, text in enumerate(["Is it so?", "Is it?", "So it is, is it not?"]):
         path = tmp_path / f"{number}.png"

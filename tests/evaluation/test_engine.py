@@ -27,7 +27,7 @@ PROTOCOL = dataclasses.replace(get("pope/strict"), suffix="", max_new_tokens=4)
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """Twenty questions about seven pictures, one of them about two, one about none; lengths of two classes."""
+    """Twenty questions about seven images, one about two of them, one about none; lengths of two classes."""
     folder = tmp_path_factory.mktemp("pictures")
     generator = np.random.default_rng(0)
     paths = [folder / f"{number}.png" for number in range(7)]
@@ -44,7 +44,7 @@ def ask(questions, model=None, protocol=PROTOCOL, **work):
 
 @pytest.fixture
 def tower(monkeypatch):
-    """How many pictures went through the tower, one number for each time it ran."""
+    """The number of images in each run of the tower."""
     seen, run = [], decode_loop.encode_images
     monkeypatch.setattr(decode_loop, "encode_images", lambda *given: seen.append(len(given[2])) or run(*given))
     return seen
@@ -132,7 +132,7 @@ def test_pictures_that_do_not_fit_are_encoded_again(questions):
 
 
 def test_models_whose_image_tokens_depend_on_the_prompt_get_plain_pictures(questions):
-    """Their `tokens_per_image` is None; nothing is encoded, and batches do not matter either."""
+    """With `tokens_per_image` None nothing is encoded in advance, and answers do not depend on batches either."""
     oracle = Oracle()
     oracle.config = SimpleNamespace(tokens_per_image=None)
     paths = [question.images[0] for question in questions[:7]]

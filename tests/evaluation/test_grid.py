@@ -16,7 +16,7 @@ from tests.refusals import refused
 
 
 class Model:
-    """Says "No" plainly, and "Yes, it is" where alpha is above 1; a token is a word."""
+    """Answers "No" without a method, and "Yes, it is" if alpha is above 1; a token is a word."""
 
     def __init__(self):
         self.calls = []

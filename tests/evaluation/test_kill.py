@@ -12,7 +12,7 @@ KILLS = 5
 
 
 def answer(world, out, pause):
-    """One process of the run, with a stand-in for the model that takes its time."""
+    """One process of the run, with a slow stand-in for the model."""
     run = Run("oracle", "float32", get("pope/strict"), Data(world), out, None, Options(7, resamples=10))
     run.ask(Oracle(pause))
     assert run.score() is not None

@@ -1,4 +1,4 @@
-"""Margins of a real model: options scored as a method writes them, in a run that resumes and that others read."""
+"""Margins of a real model: options scored under a method, in a run that resumes and whose files others read."""
 
 import dataclasses
 

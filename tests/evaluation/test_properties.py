@@ -1,4 +1,4 @@
-"""A thousand random answer sets through our scorers and through the straight ones of tests/reference/scorers.py."""
+"""A thousand random answer sets, scored by our scorers and by the simple ones of tests/reference/scorers.py."""
 
 import math
 

@@ -103,7 +103,7 @@ def test_differences_are_the_hand_computed_ones(runs):
 
 
 def test_what_is_not_of_the_same_thing_is_marked_and_not_subtracted(runs, data, tmp_path):
-    """Other files, another parser, another model, scores that other formulas made."""
+    """The runs have other files, another parser, another model, or scores by other formulas."""
     other = pope_folder(tmp_path / "other", {"random": "ynyn" * 10})
     run(runs / "vcd", Data(other, groups=("random",)), BETTER, {"name": "VCD"})
     run(runs / "dola", data, BETTER, {"name": "DoLa"}, parser="official")

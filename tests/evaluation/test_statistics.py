@@ -13,7 +13,7 @@ from tests.refusals import refused
 
 
 def scores(right, per_image=1):
-    """right: one truth value a question, `per_image` questions an image."""
+    """right: one truth value per question, `per_image` questions per image."""
     tally = Tally()
     for i, value in enumerate(right):
         tally.add(f"image{i // per_image}", asked=1, right=value)

@@ -34,7 +34,7 @@ def model():
 
 
 def hidden_of(model, pair, text):
-    """All states of a prompt and its answer, one sample alone through the public face: [L, T, E] of the answer."""
+    """States [L, T, E] of an answer after its prompt, for one sample alone, computed through the public class."""
     prompt, tokens = model.prepare([pair.conversation()]), model.processor.tokenizer(text, add_special_tokens=False)
     forced = prompt.with_answers([tokens["input_ids"]], model.config.pad_token_id)
     layers = tuple(range(1, model.config.text.num_layers + 1))
@@ -43,7 +43,7 @@ def hidden_of(model, pair, text):
 
 
 def test_a_fit_is_stopped_resumed_and_read_again(model, pairs, tmp_path, monkeypatch):
-    """VTI; the directions are those of samples alone, whatever was batched."""
+    """VTI's directions do not depend on the batch size."""
     monkeypatch.setattr(masked_images, "COPIES", 2)
     job = fitting.Job("vti", pairs, tmp_path / "vti.safetensors", batch_size=3)
     calls, collect = [], run.FITTERS["vti"].collect
@@ -87,7 +87,7 @@ def test_principal_component():
 
 
 def test_masks():
-    """They depend on the seed, the pair's id and the image; of 100 patches that count, a copy keeps one."""
+    """Masks depend on the seed, the pair's id and the image; a masked copy keeps one of 100 patches."""
     seen = np.arange(120) < 100
     masks = masked_images.draw_masks(3, "a", 0, seen)
     assert masks.shape == (50, 120) and (masks.sum(axis=1) == 99).all() and not masks[:, 100:].any()
@@ -99,7 +99,7 @@ def test_masks():
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", pytest.param("smolvlm", marks=pytest.mark.slow)])
 def test_the_tower_on_masked_copies(name, tmp_path, monkeypatch):
-    """Rows alone give what all give together on copies masked here; LLaVA's states are those of the reference."""
+    """Single rows give the states of the whole batch on copies masked here; LLaVA's states equal the reference's."""
     monkeypatch.setattr(masked_images, "COPIES", 3)
     case = zoo.load(name, tmp_path)
     model, prompt = case.model, case.prompt()
@@ -149,7 +149,7 @@ def test_object_tokens():
 
 @pytest.mark.slow
 def test_attribution_agrees_with_ablation(model, pairs):
-    """`lvlm fit adhh` ranks the first five heads as ablation of every head does; the gradient alone comes near."""
+    """`lvlm fit adhh` ranks the first five heads as ablation of every head does; the gradient alone nearly does."""
     batch = read_pairs(pairs)
     collected = attribution.adhh_collect(model, batch)
     found = attribution.adhh_finish(collected | attribution.adhh_confirm(model, batch, collected))

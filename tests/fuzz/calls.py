@@ -1,4 +1,4 @@
-"""Readers of settings: of every call of `LVLM`, of methods, of the words that name methods."""
+"""Readers of settings: the arguments of every call of `LVLM`, methods, and the words that name methods."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ from tests.fuzz.pictures import ADDRESS, PNG, TALK, images, small_processor, wit
 
 
 class Reached(BaseException):
-    """A case has reached the computation of the model."""
+    """Raised when a case has reached the model's computation."""
 
 
 def _reached(*_: Any, **__: Any) -> None:
@@ -65,7 +65,7 @@ GOOD = {
 
 @st.composite
 def settings(draw, names: tuple[str, ...] = tuple(GOOD), most: int = 3) -> dict[str, Any]:
-    """Keywords, some of them good."""
+    """Keywords, some of them valid."""
     chosen = draw(st.lists(st.sampled_from(names), unique=True, max_size=most))
     good = {name: st.sampled_from(GOOD.get(name, (None,))) for name in chosen}
     return {name: draw(make.either(good[name], make.any_values)) for name in chosen}
@@ -150,7 +150,7 @@ def methods(draw) -> tuple[str, dict[str, Any]]:
 
 
 def _in_words(made: Any, name: str) -> bool:
-    """Whether a field holds one number, which words can say."""
+    """Whether a field holds one number, which can be written on a command line."""
     return getattr(made, name) is not None and not isinstance(getattr(made, name), Layered)
 
 

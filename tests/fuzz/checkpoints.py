@@ -1,4 +1,4 @@
-"""Readers of what a checkpoint's folder holds: weights, configurations, adapters."""
+"""Readers of the files of a checkpoint folder: weights, configurations, adapters."""
 
 import dataclasses
 import functools
@@ -102,7 +102,7 @@ def configuration(files: make.Files, folder: Path) -> models.FamilyConfig:
 
 
 def parameters(files: make.Files, folder: Path) -> None:
-    """A configuration that is accepted has parameters."""
+    """Parameters can be derived from an accepted configuration."""
     models.abstract_parameters(configuration(files, folder))
 
 

@@ -1,4 +1,4 @@
-"""Readers of command lines: every command of `lvlm`, up to where a model would be loaded or a program compiled."""
+"""Readers of command lines: every command of `lvlm`, until it would load a model or compile a program."""
 
 import contextlib
 import functools
@@ -83,7 +83,7 @@ LINES = {
 
 @functools.cache
 def files() -> make.Files:
-    """What the command lines name."""
+    """The files and folders that the command lines name."""
     pope = {f"pope/{name}": content for name, content in benchmark_files("pope").items()}
     runs = {f"runs/{name}": content for name, content in run_files().items() if name.endswith("scores.json")}
     own = {"q.jsonl": lines(ASKED), "pairs.jsonl": lines(PAIRS[:1]), "prompts.jsonl": lines(PROMPTS)}
@@ -93,7 +93,7 @@ def files() -> make.Files:
 
 
 def _is_safe(word: str) -> bool:
-    """Whether a word leads to nothing outside the folder, and can stand on a command line."""
+    """Whether a word refers to nothing outside the folder and is possible on a command line."""
     value = word.rpartition("=")[2]
     return not any(piece in word for piece in ("\x00", "..")) and not {"/", "~"} & {value[:1], word[:1]}
 

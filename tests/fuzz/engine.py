@@ -45,7 +45,7 @@ class Wrong(AssertionError):
 
 
 class TooLong(BaseException):
-    """The time of a case is over. No `except Exception` of a reader may swallow it."""
+    """The time limit of a case has passed. Not an `Exception`, so that no reader catches it."""
 
 
 class Fault(AssertionError):
@@ -57,7 +57,7 @@ class Fault(AssertionError):
 
 
 def same(read: Any, given: Any, what: str) -> None:
-    """Raises `Wrong` where two values differ."""
+    """Raises `Wrong` if two values differ."""
     if read != given:
         raise Wrong(f"{what}: {text_of(read, 200)}, expected {text_of(given, 200)}")
 
@@ -122,7 +122,7 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def _listening() -> Iterator[list[str]]:
-    """The lines of warnings, logs and stderr while a case is read; nothing of it, nor of stdout, is shown."""
+    """Collects the lines of warnings, logs and stderr while a case is read; they and stdout are not shown."""
     lines: list[str] = []
     handler, printed = _Lines(lines), _text()
     logging.getLogger().addHandler(handler)
@@ -145,7 +145,7 @@ def _text() -> io.TextIOWrapper:
 
 @contextlib.contextmanager
 def _limited(seconds: float) -> Iterator[None]:
-    """Raises `TooLong` when this process has computed for so long, or has waited for longer."""
+    """Raises `TooLong` when this process exceeds its limit of CPU time, or a longer limit of wall time."""
 
     def over(*_):
         raise TooLong

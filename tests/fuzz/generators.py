@@ -54,7 +54,7 @@ any_values = json_values | st.sampled_from(OBJECTS)
 
 @st.composite
 def either(draw, *strategies: st.SearchStrategy) -> Any:
-    """One of some strategies, each as likely as the others, however many kinds it is made of."""
+    """One of some strategies, all equally likely, even if one of them is itself a choice."""
     return draw(strategies[draw(st.integers(0, len(strategies) - 1))])
 
 
@@ -99,12 +99,12 @@ def changed(draw, document: Any, values=json_values, most: int = 2) -> Any:
 
 
 def _fresh(value: Any) -> Any:
-    """A value that may be changed: lists and dicts of a strategy are there for other cases too."""
+    """A copy of a value that may be changed, because other cases share the lists and dicts of a strategy."""
     return copy.deepcopy(value) if isinstance(value, list | dict) else value
 
 
 def printed(value: Any) -> str:
-    """A value as text, also a number of more digits than Python prints."""
+    """A value as text; works for integers with more digits than Python prints, too."""
     try:
         return str(value)
     except ValueError:
@@ -112,7 +112,7 @@ def printed(value: Any) -> str:
 
 
 def near(value: Any) -> st.SearchStrategy:
-    """Values of the same kind that are a little off."""
+    """Values of the same kind that differ a little."""
     if isinstance(value, bool) or value is None:
         return st.sampled_from((True, False, 0, 1, None))
     if isinstance(value, int | float) and abs(value) < 2**53:
@@ -237,7 +237,7 @@ STRUCTURES |= dict.fromkeys(("txt", "jinja", "tiktoken", "py"), changed_words)
 
 
 def changed_file(name: str, content: bytes) -> st.SearchStrategy[bytes]:
-    """A file damaged in its structure, where its ending tells of one, or as bytes."""
+    """A file that is damaged in its structure, if its suffix names a known format, or as bytes."""
     kind = name.rpartition(".")[2]
     if kind == "json" and b"}\n{" in content:  # POPE's lines end in .json
         kind = "jsonl"
@@ -250,7 +250,7 @@ def changed_file(name: str, content: bytes) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def changed_folder(draw, files: Files, *names: str) -> Files:
-    """A folder of files in which one (of `names`, or of all) is changed, or missing, or a folder, or a pipe."""
+    """A folder in which one file (of `names`, or of all) is changed, missing, or replaced by a folder or a pipe."""
     name = draw(st.sampled_from(names or tuple(files)))
     how = draw(st.sampled_from(("change",) * 20 + ("missing", "folder", "pipe")))
     new = draw(changed_file(name, files[name])) if how == "change" else how
@@ -258,7 +258,7 @@ def changed_folder(draw, files: Files, *names: str) -> Files:
 
 
 def write(files: Files, folder: Path) -> None:
-    """Writes the files of a case; "folder" and "pipe" stand for what they say, "missing" for nothing."""
+    """Writes the files of a case; "folder" and "pipe" in the place of content make one, "missing" makes nothing."""
     import os
 
     for name, content in files.items():

@@ -32,7 +32,7 @@ FORMATS = {
 
 @functools.cache
 def encoded(form: str, mode: str, orientation: int, frames: int = 1) -> bytes:
-    """A small picture in a format of Pillow's; no bytes where it does not write it."""
+    """A small image in a format of Pillow's; empty if Pillow cannot write the format."""
     grey = np.arange(96, dtype=np.uint8).reshape(8, 12) * 2
     image = Image.fromarray(grey.astype(np.uint16) * 200) if mode == "I;16" else Image.fromarray(grey)
     if mode != "I;16":
@@ -59,7 +59,7 @@ def picture_bytes(draw) -> bytes:
 
 
 def picture(content: bytes, folder: Path) -> None:
-    """A picture is the one that Pillow reads, upright."""
+    """The image equals the one that Pillow reads, rotated upright."""
     path = folder / "a.png"
     path.write_bytes(content)
     ours = open_image(path)
@@ -86,7 +86,7 @@ ARRAYS = (
 
 
 class Odd:
-    """Things that look like pictures and are none."""
+    """Values that look like images but are not."""
 
     class Array:
         def __array__(self, dtype=None, copy=None):
@@ -144,14 +144,14 @@ TALK = [
 
 @st.composite
 def conversations(draw) -> Any:
-    """Conversations in which anything may be anything."""
+    """Conversations with values of any kind in any place."""
     first = draw(st.integers(0, 3))
     talk = draw(make.changed(TALK[first:], images, most=3))
     return draw(st.just(talk) | st.just([talk]) | st.just((talk, talk)) | st.just({"messages": talk}) | make.any_values)
 
 
 def with_pictures(value: Any) -> Any:
-    """The conversation with a picture for each "PNG"."""
+    """The conversation, with an image in the place of each "PNG"."""
     if isinstance(value, dict):
         return {key: with_pictures(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -47,7 +47,7 @@ def _child(pipe) -> None:
 
 
 class Child:
-    """A process that reads cases; another one takes its place when it hangs or dies."""
+    """A process that reads cases; it is replaced when it hangs or dies."""
 
     def __init__(self):
         self._start()

@@ -99,7 +99,7 @@ LOG = lines([{"record": {"a": 1, "b": {"c": None}}}, {"id": "x", "said": "1"}, {
 
 @functools.cache
 def benchmark_files(name: str) -> make.Files:
-    """The sample of a benchmark's tests, with pictures of nothing, and with answers to all questions."""
+    """The sample folder of a benchmark's tests, with blank images, and with answers to all questions."""
 
     def write(folder: Path) -> None:
         data, protocol = sampled(name, folder), get(file_of(name).PROTOCOLS[0])
@@ -227,7 +227,7 @@ def run_files() -> make.Files:
 
 @st.composite
 def _runs(draw) -> make.Files:
-    """Two runs of which one is changed, or that one alone."""
+    """Two runs, one of them changed; or the changed one alone."""
     files = run_files()
     if draw(st.booleans()):
         files = {name: content for name, content in files.items() if not name.startswith("greedy/")}

@@ -21,7 +21,7 @@ READERS = {
 
 
 def shared(total: int, names: Collection[str] = tuple(READERS)) -> dict[str, int]:
-    """How many of `total` cases each of some readers gets; together at least so many."""
+    """The number of cases for each reader; at least `total` together."""
     whole = sum(READERS[name].share for name in names)
     return {name: math.ceil(total * READERS[name].share / whole) for name in names}
 

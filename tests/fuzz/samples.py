@@ -180,7 +180,7 @@ LOG = lines([{"stage": "dpo", "step": step, "loss": 0.5} for step in (1, 2, 3)] 
 
 
 def training_log(files: make.Files, folder: Path) -> None:
-    """What stays after step 2 are whole records up to there, and those of other tasks."""
+    """Complete records up to step 2 stay, and those of other tasks."""
     make.write(files, folder)
     monitor.rewind(folder / "log.jsonl", "dpo", 2)
     for line in (folder / "log.jsonl").read_text().splitlines() if (folder / "log.jsonl").exists() else ():

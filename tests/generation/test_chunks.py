@@ -1,4 +1,4 @@
-"""Prompts in chunks: the results of one piece, and other answers that continue between two chunks."""
+"""Prompts in chunks: results equal those without chunks, and other answers continue between two chunks."""
 
 import dataclasses
 import sys
@@ -32,7 +32,7 @@ IN_ONE_PIECE = {
 
 @pytest.fixture
 def counted(monkeypatch):
-    """What was done on the device, in order."""
+    """The steps on the device, in order."""
     done = []
     chunks.say.cache_clear()
     for place, name in ((decode_loop, "extended"), (decode_loop, "prefill"), (continuous, "run")):
@@ -98,7 +98,7 @@ def test_answers_go_on_between_the_chunks_of_a_long_prompt(model, monkeypatch, c
 
 @pytest.mark.parametrize("name", ["llava", pytest.param("qwen3_vl", marks=pytest.mark.slow)])
 def test_chunks_that_stream_have_the_columns_of_one_piece(monkeypatch, tmp_path, name):
-    """Positions along several axes and deepstack layers too."""
+    """Includes positions along several axes and deepstack layers."""
     model, inputs = (case := zoo.load(name, tmp_path)).model, case.prompt(0, 2)
     main = branches.embed_prompt(model.params, model.config, inputs)
     split = main.image_id.shape[1] - 4

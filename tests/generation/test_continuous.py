@@ -32,7 +32,7 @@ GATED = methods.CMAC(alpha=1.0, variant="code", gate="first")  # a shared prefix
 
 @pytest.fixture(scope="module", autouse=True)
 def few_columns():
-    """Columns for little more than one answer, so that rows move again and again."""
+    """Columns for little more than one answer, so that rows are moved often."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(continuous, "answer_columns", lambda limit: (64, LIMIT + 4))
         yield
@@ -54,7 +54,7 @@ def stop(model, asked):
 
 
 def many(model, asked, **settings):
-    """What `generate_many` says, in the order of the conversations, seeds being their numbers."""
+    """The answers of `generate_many` in the order of the conversations; their numbers are the seeds."""
     found = dict(model.generate_many([(one, seed) for seed, one in enumerate(asked)], **settings))
     assert sorted(found) == list(range(len(asked)))
     return [found[number] for number in range(len(asked))]

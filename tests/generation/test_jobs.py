@@ -19,7 +19,7 @@ from tests.killing import Function, contents, kill_and_finish, more_lines
 
 
 class Echo:
-    """Stands in for a model: says back what was asked and how, and refuses a prompt that holds "too long"."""
+    """A stand-in for a model: answers with the question and its settings, and refuses prompts with "too long"."""
 
     def __init__(self):
         self.loaded = 0
@@ -254,7 +254,7 @@ def test_an_answers_folder_that_vanishes_is_no_success(tmp_path):
 
 @pytest.mark.parametrize("room", range(9))
 def test_a_full_disk_is_one_error_and_the_next_run_goes_on(tmp_path, monkeypatch, room):
-    """Full from the first, second, ... time on that something is to be on the disk: record, its folder, six answers."""
+    """The disk is full from the first, second, ... fsync on: of the record, its folder and six answers."""
     (tmp_path / "questions.jsonl").write_text("\n".join(line(number, image=None) for number in range(6)))
     left = iter([True] * room)
 

@@ -34,12 +34,12 @@ def with_row(model, token, value):
 
 @pytest.fixture(scope="module")
 def broken(model):
-    """The small model, for which the letter Z is not a number."""
+    """The small model, with NaN as the embedding of the letter Z."""
     return with_row(model, model.processor.tokenizer.convert_tokens_to_ids("Z"), jnp.nan)
 
 
 def test_an_answer_whose_logits_are_not_finite_is_an_error(broken):
-    """Which names the sample."""
+    """The error names the sample."""
     for ask in (
         lambda: broken.generate(BAD, **NEW),
         lambda: broken.generate(BAD, temperature=1.0, top_p=0.9, repetition_penalty=1.1, **NEW),
@@ -115,7 +115,7 @@ def test_a_row_is_sound_unless_it_has_nan_infinity_or_nothing_finite(broken):
 
 @pytest.fixture(scope="module")
 def talker(model):
-    """Tokens of an answer, and the place of one that is no stop token and a plain letter."""
+    """The tokens of an answer, and the index of one that is a plain letter and no stop token."""
     tokens = model.generate(GOOD, **NEW).tokens[0]
     words = model.processor.tokenizer.convert_ids_to_tokens(tokens)
     return tokens, next(place for place, word in enumerate(words) if place and word.isascii())

@@ -19,7 +19,7 @@ METHODS = {
 
 @pytest.fixture
 def rows(monkeypatch):
-    """How many samples' beginnings were run by themselves, each time."""
+    """The number of samples in each separate run of prefixes."""
     seen, call = [], decode_loop.prefix
     monkeypatch.setattr(
         decode_loop,
@@ -75,7 +75,7 @@ def test_prompts_that_follow_each_other_share_what_they_begin_with(model, rows):
 
 @pytest.mark.parametrize("name", named(["qwen2_vl", "gemma3", "llava_next"], slow=["gemma3", "llava_next"]))
 def test_positions_and_pictures_of_other_families(tmp_path, rows, name):
-    """Questions of other lengths about a picture; positions along several axes, images that are seen whole, tiles."""
+    """Questions of different lengths about an image; positions along several axes, whole-image attention, tiles."""
     case = zoo.load(name, tmp_path)
     model = case.model
     inputs = case.prompt(0, 0, 2, 2).with_answers([[5], [6, 7, 8], [5, 5], [9]], 0)

@@ -33,7 +33,7 @@ SEVI = pytest.param(methods.SEVI(start_layer=0), id="sevi", marks=pytest.mark.sl
 
 @pytest.mark.parametrize("method", [pytest.param(None, id="greedy"), pytest.param(methods.CMAC(), id="cmac"), SEVI])
 def test_a_decode_step_moves_no_weight_and_no_cache(model, mixed, method):
-    """No copy, transposition or conversion; every byte of the caches that comes out lies where it lay before."""
+    """No copy, transposition or conversion; all caches keep their memory."""
     state, first = model.prefill(mixed, method, 41 + 64)
     step = decode_loop.decode_step.lower(model.params, model.config, state, jnp.zeros((3,), jnp.int32)).compile()
     language_model = flatten(model.params["language_model"])

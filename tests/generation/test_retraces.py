@@ -55,7 +55,7 @@ def other_pixels(inputs):
 
 
 def longer_prompts(inputs):
-    """Five more tokens before the image and two after, still in one bucket of columns and of last rows."""
+    """Five more tokens before the image and two after it, in the same bucket of columns and of last rows."""
     ids = inputs["input_ids"]
     first, rest = ids[:, :2], ids[:, 2:]
     ids = np.concatenate([first, np.full((2, 5), 9), rest, np.full((2, 2), 11)], axis=1)

@@ -258,7 +258,7 @@ def test_with_a_method_each_token_is_scored_by_the_step_that_would_choose_it(lmm
 
 
 def test_model_arguments(lmms_eval):
-    """They go before flags; what is wrong with one is one line."""
+    """They take precedence over flags; a fault in one is reported in one line."""
     created = lmms_eval.LVLMJax.create_from_arg_string
     words = "pretrained=pocket,method=vcd+middle_layers,vcd_seed=3,layers=[2,3],batch_size=4,seed=7"
     made = created(words, {"batch_size": 1, "max_batch_size": None})

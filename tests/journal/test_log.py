@@ -177,7 +177,7 @@ def test_one_run_at_a_time(path, beside):
 
 
 def increment(path):
-    """Reads a number and writes the next, in the lock of the file, which is waited for."""
+    """Waits for the file's lock, then reads a number and writes the next."""
     for _ in range(50):
         with locked(path, wait=True):
             number = int(path.read_text())

@@ -1,4 +1,4 @@
-"""Progress: lines every so often where there is no terminal, a bar where there is one, nothing from quiet processes."""
+"""Progress: a line now and then without a terminal, a bar on a terminal, nothing from quiet processes."""
 
 import sys
 

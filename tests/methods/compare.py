@@ -71,7 +71,7 @@ class Case(NamedTuple):
 
 @functools.cache
 def load(depth=None, variety="qwen2_tied_two_feature_layers", seed=21) -> Case:
-    """The model of a variety, with so many layers or its own number; queries share keys."""
+    """The model of a variety, with `layers` layers or its own number; several query heads share a key head."""
     overrides = VARIETIES[variety]
     if depth is not None:
         overrides = overrides | {"text": overrides.get("text", {}) | {"num_hidden_layers": depth}}
@@ -145,7 +145,7 @@ def row(*heads):
 
 
 def stream(layer, num_layers=3, **fields):
-    """One layer outside attention, of which the tests of a method need what is given."""
+    """One layer outside attention, with the given fields only."""
     absent = dict.fromkeys(field.name for field in dataclasses.fields(Stream))
     return Stream(**absent | {"layer": layer, "num_layers": num_layers, "phase": "decode"} | fields)
 

@@ -45,7 +45,7 @@ class Bench:
         self.forced = np.random.default_rng(43).integers(3, 59, (STEPS, len(LAYOUTS))).astype(np.int32)
 
     def arguments(self, method, row=None):
-        """What the pure prefill takes, for the batch or for one sample, whose program then is that of the batch."""
+        """Arguments of the pure prefill for the batch, or for one sample, which uses the program of the batch."""
         inputs = self.inputs if row is None else checkpoints.select(self.config, self.inputs, row)
         arguments, options = self.model.prefill_arguments(inputs, method, 64 + STEPS + 1)
         return arguments, options | {"image_count": 2}
@@ -135,7 +135,7 @@ def test_neutral_strengths_are_greedy_decoding(bench, name):
 
 @every_method
 def test_off_is_bit_equal_to_no_method(bench, name):
-    """Once a method has run, its absence is what it was: nothing of it stays in the model."""
+    """A method leaves no trace in the model: results without one are the same before and after it."""
     plain = bench.plain
     bench.acting(name)
     for step, before in zip(bench.run(None), plain, strict=True):
@@ -151,7 +151,7 @@ def test_jit_equals_no_jit(bench, name):
 
 @each_method(quick="avisc clva cmac m3id")
 def test_a_step_keeps_the_form_of_the_state(bench, name):
-    """So that the loop on the device can carry it. Traced only."""
+    """The state keeps its structure, so that the loop on the device can carry it. Traced only."""
     arguments, options = bench.arguments(build(name))
 
     def states(params, main, method, contrast):
@@ -200,7 +200,7 @@ def test_gradients_of_other_variants_equal_finite_differences(bench, name, chang
 
 
 def test_every_strength_has_its_gradient_checked():
-    """By an entry or a variant; or it is flat, and learning refuses it by name."""
+    """Each strength is used by an entry or a variant, or is flat: learning refuses it by name."""
     checked = set()
     for name, changes in [*((name, {}) for name in ENTRIES), *VARIANTS]:
         method = dataclasses.replace(build(name), **changes)

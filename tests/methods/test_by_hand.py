@@ -329,7 +329,7 @@ def test_vti():
 
 
 def test_nullu():
-    """(3, 4) along (0.6, 0.8) is 5: nothing is left of it."""
+    """(3, 4) projected on (0.6, 0.8) has length 5; the rest is 0."""
     method = methods.Nullu(layers=(1,), fitted=fitted("nullu", directions=np.array([[[1.0, 0.0]], [[0.6, 0.8]]])))
     close(method.mlp(stream(1), jnp.asarray([[[3.0, 4.0], [0.8, -0.6]]]))[0], [[0, 0], [0.8, -0.6]])
 

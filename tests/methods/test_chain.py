@@ -45,7 +45,7 @@ def test_a_branch_with_its_own_prompt_is_left_alone(model, mixed):
 
 
 def test_a_member_keeps_to_its_own_rows(model, mixed):
-    """EAH asks for all rows of the prompt; the member that edits the last row still edits only that."""
+    """EAH edits all rows of the prompt; a member for the last row still edits only the last row."""
     last = MiddleLayers(alpha=4.0, **SMALL)
     nothing = EAH(beta=1e9, layer=0)
     together = steps(model, mixed, chain(nothing, last))[0]

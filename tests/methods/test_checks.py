@@ -51,7 +51,7 @@ def test_a_strength_is_one_finite_number_in_its_range(cls, field):
 
 @pytest.mark.parametrize(("cls", "field"), SWITCHES)
 def test_a_switch_is_of_its_kind(cls, field):
-    """Its default is; neither another object, nor a number that is none, is; and what is refused is said in a line."""
+    """A field takes its default, and refuses other objects, NaN and infinity in one line."""
     default = getattr(cls(), field.name)
     assert getattr(cls(**{field.name: default}), field.name) == default
     for given in (object(), float("nan"), float("inf"), {}, 1j, b"low", ("a",), cls):
@@ -113,7 +113,7 @@ def test_switches_are_kept_in_one_form():
 
 
 def test_strengths_are_traced_swept_and_differentiated():
-    """Tracers come through the constructor, and whatever JAX puts into leaves through the tree."""
+    """The constructor accepts tracers; unflattening accepts whatever JAX puts into the leaves."""
 
     def cut(alpha):
         return CMAC(alpha=alpha, beta=alpha / 4).alpha * 2

@@ -1,4 +1,4 @@
-"""CMAC, EAH, SEVI and CAPL where image tokens are laid out otherwise, against the NumPy references.
+"""CMAC, EAH, SEVI and CAPL in models with other layouts of image tokens, against the NumPy references.
 
 Qwen2.5-VL has multimodal positions and grouped queries, InstructBLIP's image tokens are Q-Former queries.
 """

@@ -1,4 +1,4 @@
-"""What methods make of pictures, words and logits by themselves: against libraries, formulas and published facts."""
+"""Parts of methods that act on images, words and logits, against libraries, formulas and published facts."""
 
 import colorsys
 import dataclasses
@@ -47,7 +47,7 @@ def test_vcds_picture_fades_with_the_step():
 
 
 def test_icds_text_takes_the_place_of_a_system_message_or_stands_behind_the_first_token(model):
-    """Messages say what the system prompt is; a conversation without one has the sentence in front, behind its BOS."""
+    """The sentence replaces the system prompt; without one it comes first, after BOS."""
     assert DISTURBANCE == (
         "You are a confused objects detector to provide a fuzzy overview or impression of the image."
     )
@@ -205,7 +205,7 @@ def test_decos_candidates():
 
 
 def test_vistas_principal_component_of_one_sample():
-    """The authors' program adds a unit vector to layer 0's direction, where there is one; the paper knows of none."""
+    """The authors' program adds a unit vector to layer 0's direction if there is one; the paper does not."""
     generator = np.random.default_rng(1)
     seeing, blind = (jnp.asarray(generator.normal(size=(3, 2, 4)).astype(np.float32)) for _ in range(2))
     blind = blind.at[:, 1].set(seeing[:, 1])  # the second sample has no image

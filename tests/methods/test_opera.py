@@ -1,4 +1,4 @@
-"""OPERA against its plain NumPy form: answers, their scores, and every way back, on a small LLaVA."""
+"""OPERA against its NumPy reference: answers, their scores, and every rollback, on a small LLaVA."""
 
 import dataclasses
 
@@ -49,7 +49,7 @@ def case(tmp_path_factory):
 
 @pytest.fixture
 def ways_back(monkeypatch):
-    """Fills up with the ways back of every sample that is answered."""
+    """Collects the rollbacks of every sample that is answered."""
     ways, search = [], driver.search
 
     def noted(*arguments):
@@ -139,7 +139,7 @@ def test_the_code_notes_one_column_per_beam_and_step():
 
 
 def test_ways_back_of_made_histories():
-    """To the place, then (no more often than `max_rollbacks` there) to the place before it, then not any more."""
+    """Back to the place, at most `max_rollbacks` times, then to the place before it, then no more."""
     method = OPERA(**CODE | dict(max_rollbacks=1))
     history, alive = made_history(method, [0, 1], 15), [np.ones(2, bool)] * 20
     rollbacks = driver.Rollbacks(method)
@@ -157,7 +157,7 @@ def test_ways_back_of_made_histories():
 
 
 def test_scores_are_float16_under_code():
-    """1e-7 p vanishes below 3e-8, and is rounded: two columns that differ by 1e-4 are one, and the first counts."""
+    """In float16, 1e-7 p is 0 below 3e-8, and columns that differ by 1e-4 are equal, so that the first is chosen."""
     products = jnp.log(jnp.asarray([[0.1, 0.2, 0.05], [3e4, 3.0003e4, 1.0], [3e4, 3.1e4, 1.0]]))
     method = OPERA(**CODE)
     over_trust, columns = method.over_trust(products, jnp.int32(11), jnp.zeros(3))

@@ -1,4 +1,4 @@
-"""The names of methods: files of the package, other packages' entry points, a user's own files; and what is refused."""
+"""Names of methods: files of the package, other packages' entry points, a user's files, and what is refused."""
 
 import importlib
 import importlib.metadata
@@ -199,7 +199,7 @@ def test_a_slip_in_a_definition_is_refused_where_it_stands(folder, definition, m
 
 
 def test_helpers_may_have_names_of_their_own(folder):
-    """Of a method's file as it may come: none of these is a slip."""
+    """A method may define these names, although they resemble names of the protocol."""
     made = define("""
         weight: float = methods.strength(1.0, "of the exits")
         masked = mass = edited = gains = candidates = lambda self: 1

@@ -26,7 +26,7 @@ def places(name):
 
 @pytest.mark.parametrize("name", methods.names())
 def test_what_differs_from_the_source_is_said(name):
-    """As a paragraph that begins with it, names the paper or the code, and says how, or that nothing is known."""
+    """A paragraph begins with it, names the paper or the code, and says how it differs, or that nothing is known."""
     paragraphs = sys.modules[methods.get(name).__module__].__doc__.split("\n\n")
     (said,) = (one for one in paragraphs if one.startswith("Differs from"))
     assert re.match(r"Differs from (the paper|the authors' code|the paper and from the authors' code) in: \w", said)

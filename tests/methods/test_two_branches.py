@@ -20,7 +20,7 @@ GATED = {"decay": 0.2, "alpha_gate": 0.3}
 
 
 def noise_of(method, shape, index):
-    """VCD's noise itself: what the method makes of black pictures."""
+    """VCD's noise alone: its result for black images."""
     noisy = method.contrast_pixels(jnp.zeros(shape), jnp.asarray(index))
     return np.asarray(noisy, np.float64) / np.sqrt(1 - contrast.kept_share(int(method.noise_step)))
 
@@ -131,7 +131,7 @@ def test_m3id_leaves_sure_tokens_alone_and_grows_from_nothing():
 
 
 def test_sid_chooses_anew_in_every_call_and_keeps_few_image_tokens_all():
-    """The choice changes in the model of these tests; so one kept from the prompt would fail the comparison above."""
+    """In the tests' model the choice changes, so keeping the prompt's choice would fail the comparison above."""
     case = compare.load(*DEEP)
     for row, want in enumerate(case.references(contrast.sid, MIXED, keep=4)):
         assert len(set(want[5])) > (1 if IMAGE in MIXED[row] else 0)

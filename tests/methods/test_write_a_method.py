@@ -1,4 +1,4 @@
-"""docs/write_a_method.md: its methods are what is said of them, and its commands run in an empty folder of a user's."""
+"""docs/write_a_method.md: its methods do what it says, and its commands run in an empty folder."""
 
 import json
 import re

@@ -54,7 +54,7 @@ def test_vmap(kernel):
 @pytest.mark.parametrize("product", [int8.dot, int8._dot_by_xla])
 @pytest.mark.parametrize("rows", [FEW, MANY], ids=str)
 def test_rows_of_any_magnitude(kernel, rows, product):
-    """Each row has a step of its own, and one that is not finite spoils no other."""
+    """Each row has its own step size, and a row that is not finite does not change the others."""
     x = random((*rows, INPUTS), 3)
     size = 10.0 ** np.linspace(-12, 12, x[..., 0].size).reshape(rows)[..., None]
     x = np.float32(x * size)

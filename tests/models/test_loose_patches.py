@@ -18,7 +18,7 @@ from tests.models.test_published import published
 
 
 def rows(sizes):
-    """What is made of pictures of these sizes."""
+    """The patches of images of these sizes."""
     sizes = np.array(sizes)
     arrays = {"pixel_values": np.zeros((sizes.prod(axis=1).sum(), 12)), "image_grid_thw": sizes}
     return loose_patches.patch_rows([arrays], channels=12, merge=2)
@@ -37,7 +37,7 @@ def test_pictures_of_all_sizes_take_few_shapes():
 
 @pytest.mark.parametrize(("height", "width"), [(10, 26), (6, 40), (24, 8)])
 def test_windows_and_blocks_give_what_all_patches_at_once_give(monkeypatch, height, width):
-    """Beside a small picture, whose row is filled up; windows of 8 x 8 are cut off at the picture's end."""
+    """Together with a small image, whose row is padded; windows of 8 x 8 end at the image's edge."""
     geometry = rows([[1, height, width], [1, 4, 6]]).geometry
     coordinates, valid = map(jnp.asarray, (geometry["coordinates"], geometry["valid"]))
     windows = qwen_vision.window_numbers(coordinates, valid, 8)

@@ -96,7 +96,7 @@ def test_logits_of_other_batches(pair):
 
 @pairs(quick=[*FIRST, *DECODERS])
 def test_cached_steps_follow_transformers(pair):
-    """Behind a padded prefill, fed with transformers' greedy answers: its logits, of which the tokens are the best."""
+    """After a padded prefill, decoding transformers' greedy tokens gives its logits; the tokens are their argmax."""
     inputs = pair.inputs("padded", seed=8)
     greedy, want = pair.family.greedy(pair.theirs, inputs)
     length = int(inputs["attention_mask"].sum(axis=1).max())

@@ -18,7 +18,7 @@ SLOW = ("smolvlm", "llava_next", "llava_onevision", "gemma3", "instructblip", "q
 
 @pytest.mark.parametrize("name", named(["llava", "internvl", *SLOW], SLOW))
 def test_a_few_pictures_at_a_time_by_blocks(monkeypatch, tmp_path, name):
-    """Tokens, how much the class token looks at them, and slopes are those of all pictures and patches at once."""
+    """Tokens, the class token's attention on them, and gradients equal those of all images and patches at once."""
     case = zoo.load(name, tmp_path)
     config, params, prompt = case.model.config, case.model.params, case.prompt(0, 0, 2, 2)
     assert len(prompt.pixels) > 2

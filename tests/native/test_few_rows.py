@@ -57,7 +57,7 @@ def test_products_of_float32(shape, rows, out_first):
 
 
 def test_a_wide_matrix():
-    """Cut into more rows at a time than a narrow one."""
+    """Pieces of a wide matrix have more rows than those of a narrow one."""
     x, matrix = random((2, 300), 17), random((300, 40_001), 18)
     got = ours(jnp.asarray(x), jnp.asarray(matrix))
     np.testing.assert_allclose(got, np.float64(x) @ np.float64(matrix), rtol=0, atol=7e-5)
@@ -83,7 +83,7 @@ def _int8_transposed(x, matrix):
 @needs_compiler
 @pytest.mark.parametrize("out_first", [False, True])
 def test_a_row_is_the_same_in_any_company(out_first):
-    """To the last bit, and a row of numbers that are none spoils no other."""
+    """Bit-equal, even beside rows of NaN."""
     x, matrix = (jnp.asarray(random((8, 300), 5)), jnp.asarray(random((2070, 300) if out_first else (300, 2070), 6)))
     together = jax.jit(functools.partial(ours, out_first=out_first))
     for row in range(8):
@@ -96,7 +96,7 @@ def test_a_row_is_the_same_in_any_company(out_first):
 
 @needs_compiler
 def test_some_rows_are_multiplied_as_exactly_as_few():
-    """XLA's sums run over all channels one by one; and a row is the same in any company, to the last bit."""
+    """XLA adds all channels one after another. And a row is bit-equal whatever the other rows are."""
     x, matrix = jnp.asarray(random((37, 1536), 25)), jnp.asarray(random((1536, 300), 26))
     exact = np.float64(x) @ np.float64(matrix)
     got, by_xla = jax.jit(ours)(x, matrix), layers._exact(x, matrix)
@@ -223,7 +223,7 @@ def test_programs_that_run_at_once_do_not_meet():
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """Nothing built, nothing remembered, and a cache folder of its own."""
+    """A state with no library built and no choice remembered, and an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.available.cache_clear()
     yield tmp_path / "lvlm_jax" / "native"
@@ -314,7 +314,7 @@ def test_a_folder_that_others_write_to_is_not_used(copied, fresh):
     [("address,undefined", "-march=native"), ("address,undefined", "-march=x86-64"), ("thread", "-march=native")],
 )
 def test_nothing_is_read_or_written_outside_and_nothing_races(sanitizer, processor, tmp_path):
-    """The whole source but for XLA's call, for this processor and without any of its vectors."""
+    """Compiles the whole source except XLA's call, for this processor and without its vector instructions."""
     here, program = pathlib.Path(__file__).parent, tmp_path / "program"
     options = ["-std=c++17", "-O1", "-g", "-w", "-pthread", "-fno-sanitize-recover=all", f"-fsanitize={sanitizer}"]
     folders = [f"-I{here / 'ffi'}", f"-I{pathlib.Path(build.__file__).parent}"]

@@ -12,7 +12,7 @@ from lvlm_jax import LVLM, methods, parallel
 
 
 def answers(model: LVLM, inputs: dict) -> dict[str, np.ndarray]:
-    """Logits of the prompts, and tokens and log-probabilities of answers under CMAC."""
+    """Logits of the prompts; tokens and log-probabilities of answers under CMAC."""
     output = model.generate(inputs, methods.CMAC(alpha=1.0), max_new_tokens=5)
     logits = np.asarray(parallel.local(model.logits(inputs)))
     return {"logits": logits, "tokens": output.tokens, "logprobs": output.logprobs}

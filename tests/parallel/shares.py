@@ -1,4 +1,4 @@
-"""Run by `test_plan` on eight simulated devices: what one of 1, 2, 4, 8 devices has of one job, by plan."""
+"""Run by `test_plan` on eight simulated devices: what the plan gives to each of 1, 2, 4 or 8 devices of one job."""
 
 import json
 

@@ -200,7 +200,7 @@ def test_each_process_loads_its_half(tmp_path):
 
 @pytest.mark.slow
 def test_a_benchmark_over_processes_is_that_of_one(tmp_path):
-    """Killed nowhere, but stopped once: what process 0 has logged all of them know when they go on."""
+    """Stopped once and not killed: when the run resumes, all processes know what process 0 has logged."""
     text = small_model.OVERRIDES["text"] | {"max_position_embeddings": 512}
     checkpoints.make_llava(tmp_path / "model", seed=3, text=text)
     small_model.write_processor(tmp_path / "model")

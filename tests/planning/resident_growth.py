@@ -48,7 +48,7 @@ def number(file: str, field: str) -> int:
 
 
 def begin_anew() -> int:
-    """Has the system take back what is free, and the peak begin at what is resident now, which it gives."""
+    """Returns free memory to the system, resets the peak, and returns the resident size."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

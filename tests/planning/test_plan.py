@@ -41,7 +41,7 @@ def test_a_process_grows_by_what_was_planned(kind):
 
 @pytest.mark.slow
 def test_what_a_device_has_falls_with_their_number():
-    """Parameters, optimizer, cache and FLOPs are a share of 1/N; along `tensor` for answers, `fsdp` for learning."""
+    """A device has 1/N of parameters, optimizer, cache and FLOPs; over `tensor` for answers, `fsdp` for training."""
     found = in_a_process("parallel.shares", count=8)
     alone = {one["kind"]: one for one in found if one["devices"] == 1}
     for one in found:

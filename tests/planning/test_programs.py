@@ -75,7 +75,7 @@ ENTRY %main (n: s32[], c: bf16[64,8], t: bf16[1,8]) -> (s32[], bf16[64,8], bf16[
 
 
 def test_a_token_is_a_round_of_its_loop():
-    """What is done once before it does not count; a message in two parts is one; the cache is written in place."""
+    """Work before the loop does not count; an asynchronous message counts once; the cache is written in place."""
     found, entry = computations(DECODE)
     times = hlo.runs(found, hlo.round_of(found, entry))
     assert times["step"] == 1 and times["main"] == 0

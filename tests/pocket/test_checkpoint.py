@@ -1,4 +1,4 @@
-"""The shipped checkpoint: what transformers makes of it, and what it makes of things outside its world."""
+"""The shipped checkpoint: transformers agrees with it, and its answers about objects outside its world."""
 
 import numpy as np
 import pytest

@@ -72,7 +72,7 @@ def test_written_prompts(tmp_path):
 
 
 def test_balanced_questions(tmp_path):
-    """As many of every kind, and of every kind as many of each answer; no picture in more than four of them."""
+    """Equal numbers of every kind, and of each answer within a kind; no image occurs in more than four questions."""
     count = balanced.write(tmp_path, 300, seed=1)
     rows = [json.loads(line) for line in (tmp_path / balanced.FILE).read_text().splitlines()]
     assert len(rows) == count >= 300

@@ -95,7 +95,7 @@ def test_patch_accuracy_counts_patches_with_objects_only():
 
 
 def test_complaints(tmp_path, monkeypatch, capsys):
-    """Of the script beside `lvlm train`: one line and exit code 2."""
+    """Faults of the config are errors; the script `train.py` prints one line and exits with code 2."""
     words = ["--config", "configs/pocket.py", "--workdir", str(tmp_path)]
     with pytest.raises(LVLMError, match="stage 'polish' is unknown"):
         train.main([*words, "--config.stages=('polish',)"])

@@ -41,7 +41,7 @@ def test_one_to_seven_objects_with_many_in_between(many):
 
 
 def test_boxes_hold_exactly_the_pixels_that_the_object_changed(many):
-    """The picture is drawn without the object; what differs inside no other object's pixels is its own."""
+    """The image is drawn without the object; pixels that differ, outside other objects, belong to it."""
     for scene in many[:60]:
         picture = render(scene).astype(int)
         for i, placed in enumerate(scene.objects):

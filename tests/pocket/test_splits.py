@@ -97,7 +97,7 @@ def test_pope_is_balanced_and_true(folder, present, strategy):
 
 @pytest.mark.parametrize("strategy", ["random", "popular", "adversarial"])
 def test_negatives_follow_their_strategy(folder, present, strategy):
-    """The most frequent absent objects; those that co-occur most with the object asked before; or they spread."""
+    """Absent objects are the most frequent ones, those that co-occur most with the object before, or random ones."""
     frequency = Counter(name for names in present.values() for name in names)
     together = Counter((a, b) for names in present.values() for a in names for b in names if a != b)
     rows, asked = lines(folder / f"pope/pope_{strategy}.json"), {}

@@ -12,5 +12,5 @@ PATTERN = re.compile(r"\b(" + "|".join(sorted(map(re.escape, FORMS), key=len, re
 
 
 def categories_in(text):
-    """Categories mentioned in `text`, in order; colour words are no oranges."""
+    """Categories mentioned in `text`, in order; the colour orange is not the fruit."""
     return [FORMS[word] for word in PATTERN.findall(text.lower())]

@@ -102,7 +102,7 @@ def test_a_huge_header_is_refused_before_decoding(tmp_path, size, make):
 
 
 def refused(read, given, message):
-    """In one line of moderate length that can be written."""
+    """The error is one printable line of moderate length."""
     with pytest.raises(LVLMError, match=message) as caught:
         read(given)
     said = str(caught.value)

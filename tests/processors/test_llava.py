@@ -1,4 +1,4 @@
-"""LLaVA's own checkpoints: what their configuration says of pictures is done to them."""
+"""LLaVA's own checkpoints: images are processed as their configuration says."""
 
 import json
 
@@ -39,7 +39,7 @@ def pixels(model, picture):
 
 
 def expand2square(picture, color):
-    """LLaVA's own way, mm_utils.py."""
+    """As in LLaVA's own mm_utils.py."""
     square = Image.new("RGB", (max(picture.size),) * 2, color)
     width, height = picture.size
     square.paste(picture, ((max(picture.size) - width) // 2, (max(picture.size) - height) // 2))

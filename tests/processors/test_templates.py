@@ -116,7 +116,7 @@ def test_images_stay_lists_beside_strings(with_template, config):
 
 
 def test_what_a_template_raises_is_one_line(with_template, config):
-    """Which names the sample, or the row."""
+    """The error names the sample or the row."""
     messages = [{"role": "user", "content": "a"}, {"role": "user", "content": text_of("b")}]
     for template, said in (
         (REFUSES, "refuses the conversation: roles must alternate"),

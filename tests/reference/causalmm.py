@@ -20,7 +20,7 @@ def hashed(place, layer, seed):
 
 
 def shuffled(row, seen, layer, seed):
-    """Weights [H, S] of which the n-th column that is seen gets those of the n-th in the order of the hash."""
+    """Weights [H, S] shuffled over visible columns: the n-th column gets those of the n-th in the hash's order."""
     columns = np.flatnonzero(seen)
     order = sorted(columns, key=lambda column: hashed(int(column), layer, seed))
     moved = row.copy()

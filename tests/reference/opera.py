@@ -17,7 +17,7 @@ DEAD = -1e9
 
 
 def mode(values):
-    """The most frequent value, the smallest of several."""
+    """The most frequent value; the smallest one of several."""
     return int(np.bincount(values).argmax())
 
 
@@ -36,7 +36,7 @@ class Beam:
 
 
 class Opera:
-    """One sample. `ways_back` lists (length before, length after); `margin` how clear the closest choice was."""
+    """One sample. `ways_back` lists rollbacks (length before, length after); `margin` is that of the closest choice."""
 
     def __init__(self, weights, config, ids, pixels, settings, stop=()):
         self.weights, self.config, self.ids, self.stop = weights, config, list(ids), stop
@@ -84,7 +84,7 @@ class Opera:
         return (float(halves[best]) if len(tokens) > 10 else -rows[-1, is_image].sum()), first + best
 
     def note(self, values, scale=True):
-        """Remembers how far the best of some values is ahead, in parts of its size."""
+        """Remembers the relative distance between the best of some values and the next."""
         ordered = np.sort(values)[::-1]
         if len(ordered) > 1 and ordered[1] > DEAD / 2:
             size = abs(ordered[0]) if scale else 1.0

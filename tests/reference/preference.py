@@ -24,7 +24,7 @@ def token_logprobs(logits, ids, start):
 
 @dataclasses.dataclass
 class Losses:
-    """Everything of one pair; arguments are token log-probabilities of the answers."""
+    """All quantities of one pair; arguments are token log-probabilities of the answers."""
 
     loss: str = "sigmoid"
     beta: float = 0.1

@@ -31,7 +31,7 @@ def moved(before, after):
 
 @pytest.fixture(scope="module")
 def adapted(checkpoint, data, tmp_path_factory):
-    """(work folder, config) of three steps of DPO with LoRA, given in epochs: of 4 in 5 rows."""
+    """(work folder, config) of three steps of DPO with LoRA; the length is given in epochs, over 4 of 5 rows."""
     config = config_for(checkpoint, data, recipe="dpo", steps=0, epochs=2.4, validation=str(data))
     workdir = tmp_path_factory.mktemp("adapted")
     assert finetune.train(config, workdir) == workdir / "export"
@@ -39,7 +39,7 @@ def adapted(checkpoint, data, tmp_path_factory):
 
 
 def test_the_export_holds_the_base_and_the_adapter(adapted, model, mixed):
-    """Of which only the targeted parameters have moved."""
+    """In the exported checkpoint only the targeted parameters have changed."""
     workdir, _ = adapted
     merged = LVLM.from_pretrained(workdir / "export")
     unmerged = LVLM(peft.load_adapter(workdir / "adapter", model.params, model.config), model.config)
@@ -76,7 +76,7 @@ def test_a_finished_run_is_exported_again_without_training(adapted, monkeypatch)
 
 
 def test_training_goes_on_from_an_adapter(adapted, checkpoint, data, model, tmp_path):
-    """The policy, and the reference beside it, begin with the adapter; its settings must be those of the run."""
+    """Policy and reference begin with the adapter, whose settings must be those of the run."""
     start = adapted[0] / "adapter"
     config = config_for(checkpoint, data, recipe="dpo", steps=1)
     config.lora.update(start=str(start), dropout=0.25)

@@ -42,7 +42,7 @@ def test_a_run_that_is_killed_and_stopped_ends_like_one_that_was_not(whole, tmp_
 
 @pytest.mark.slow
 def test_twenty_kills(whole, tmp_path):
-    """At random moments of several runs, each of which is in the end finished."""
+    """Runs are killed at random moments; each of them finishes in the end."""
     rng = random.Random(0)
     for run in range(5):
         workdir = tmp_path / str(run)

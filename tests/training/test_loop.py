@@ -98,7 +98,7 @@ def measuring(*errors):
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
-    """The measured error is lowest after step 15, where nothing is due to be saved but for it."""
+    """The error is lowest after step 15, which is saved for this reason only."""
     task, _ = measuring(9.0, 3.0, 2.0, 1.0, 4.0, 5.0, 6.0)
     line.train(task, tmp_path, evaluate_every=5, keep=1, keep_best="val/error")
     assert saved(tmp_path) == {"15", "30"}
@@ -111,7 +111,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
 
 
 def test_a_run_ends_early_where_nothing_gets_better_and_stays_ended(tmp_path):
-    """Two evaluations without a lower error than the third's; a stop in between forgets neither."""
+    """Training ends after two evaluations without a lower error, even if it is stopped between them."""
     task, left = measuring(9.0, 3.0, 2.0, 4.0, 2.5, 1.0)
     early = dict(evaluate_every=5, keep_best="val/error", patience=2)
     with pytest.raises(SystemExit):
@@ -162,7 +162,7 @@ def events(folder):
 
 
 def test_tensorboard_shows_what_the_log_says(tmp_path):
-    """A run killed after its 12th step's line and gone on from the 10th: no step is there twice, in either."""
+    """A run is killed after logging step 12 and resumes from step 10: neither log has a step twice."""
 
     def killed(step):
         if step == 13:

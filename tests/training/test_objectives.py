@@ -1,4 +1,4 @@
-"""What holds for every objective, on the small model: a task that says what it is, learns, and ignores padding."""
+"""Every objective on the small model: its task has a record, learns, and ignores padding."""
 
 import jax
 import jax.numpy as jnp

@@ -142,7 +142,7 @@ def test_a_pair_in_one_row_is_a_pair_in_two(method, model, data, tmp_path, adapt
 
 
 def test_what_stays_two_rows(module, capl):
-    """Long answers, 16 bits, methods that count tokens, sliding windows, other pictures on one side."""
+    """Rows are not shared for long answers, 16 bits, methods that count tokens, sliding windows, rejected images."""
     config, batch = module.config, capl[0].source(0)
     length, answers = (batch["chosen"][name].shape[1] for name in ("tokens", "columns"))
     scorer = pairwise.Scorer(module, CAPL(rho=RHO), 2)

@@ -1,4 +1,4 @@
-"""Layers that are computed again in the backward pass give the gradients of layers that are kept."""
+"""Rematerialized layers give the gradients of layers whose activations are kept."""
 
 import jax
 import jax.numpy as jnp

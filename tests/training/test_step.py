@@ -20,7 +20,7 @@ FROZEN = {"layer": {"bias": jnp.linspace(-1, 1, WIDTH)}}
 
 
 def objective(trainable, frozen, batch, key):
-    """Two terms that count differently: one per row, one per token of ragged rows."""
+    """Two terms with different counts: one per row, one per token of rows of unequal length."""
     hidden = jnp.tanh(batch["inputs"] @ trainable["layer"]["kernel"] + frozen["layer"]["bias"])
     words = jnp.cumsum(hidden, axis=1) ** 2 * batch["mask"][..., None]
     return {

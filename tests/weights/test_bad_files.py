@@ -23,7 +23,7 @@ LAYERS = "language_model.model.layers."
 
 @pytest.fixture
 def load_error(drawn, drawn_config, tmp_path):
-    """load_error(words, state): what is said, with the words in it, of the model's folder with these tensors."""
+    """load_error(words, state): the error, which has these words, of loading the model's folder with these tensors."""
 
     def said(message, state):
         folder = make.write(tmp_path / "m", drawn.config.to_dict(), state)
@@ -159,7 +159,7 @@ def test_damaged_torch_files(drawn, drawn_config, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_no_damaged_byte_of_a_torch_archive_passes_for_another_number(tmp_path):
-    """Each byte of the records' table, at the end of the file: what is accepted is what torch reads without a map."""
+    """Damages each byte of the record table at the file's end; what is accepted equals what torch reads."""
     path = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.ones(3), "b": torch.nn.Parameter(torch.ones(3))}, path)
     content = path.read_bytes()

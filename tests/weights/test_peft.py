@@ -58,7 +58,7 @@ def load_with_peft(base, folder):
 
 
 def assert_equal_logits(theirs, params, model, question):
-    """Ours are theirs to 1e-5 of their spread, and not those of the base model."""
+    """Our logits equal theirs to 1e-5 of their spread, and differ from the base model's."""
     with torch.no_grad():
         expected = theirs(**checkpoints.to_torch(question)).logits.numpy()
     assert np.abs(np.asarray(model.logits(question)) - expected).max() > 0.05

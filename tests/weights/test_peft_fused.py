@@ -33,7 +33,7 @@ def base(case):
 
 
 def saved_and_loaded(params, model, folder):
-    """The folder of the adapter of `params`, which merges as they do when it is loaded again."""
+    """Saves the adapter of `params` and checks that it merges to the same weights when loaded. Returns its folder."""
     save_adapter(folder, params, model.config)
     again = lora.merge(load_adapter(folder, model.params, model.config))
     chex.assert_trees_all_close(again, lora.merge(params), rtol=0, atol=1e-6)
@@ -66,7 +66,7 @@ def test_we_load_what_peft_saves_and_save_it_as_it_was(case, base, tmp_path):
 
 
 def test_heads_that_take_turns_in_a_tensor(tmp_path):
-    """Qwen-VL's tower keeps query, key and value of one head behind another, its decoder all of each."""
+    """Qwen-VL's tower stores query, key and value head by head, its decoder all queries, then all keys and values."""
     QWEN_VL.build(tmp_path, 14)
     ours = LVLM.from_pretrained(tmp_path)
     params = adapted(ours.params, r"(language_model|vision_tower)/.*(q|k|v)_proj$", rank=2)

@@ -1,4 +1,4 @@
-"""What is saved loads in transformers and here, bit for bit, and appears whole or not at all."""
+"""Saved checkpoints load in transformers and here, bit for bit, and appear whole or not at all."""
 
 import functools
 import itertools
@@ -205,7 +205,7 @@ def replace(folder):
 
 
 def replace_until(folder, exchange, last):
-    """Is killed at the step of that number; steps are what concerns files, names, folders and libraries."""
+    """Kills the process at the numbered step. Steps are operations on files, names, folders and libraries."""
     if not exchange:
         saved_folder._exchange = lambda *_: False
     steps = itertools.count(1)

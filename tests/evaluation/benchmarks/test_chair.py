@@ -105,7 +105,7 @@ def read(folder, name="chair/512", **where):
 
 
 def score(questions, *captions, name="chair/512"):
-    """Of captions of images 1, 2, 3."""
+    """The scores of captions of images 1, 2 and 3."""
     return scored(name, questions, {number: text for number, text in enumerate(captions, 1)})
 
 

@@ -110,7 +110,7 @@ def test_bad_question_files(tmp_path):
 
 
 def test_published_answers_of_llava(tmp_path):
-    """Of LLaVA-1.5-13B; its authors publish F1 of 87.1, 86.2 and 84.5, mean 85.9."""
+    """Answers of LLaVA-1.5-13B, for which its authors publish F1 of 87.1, 86.2 and 84.5, mean 85.9."""
     if PUBLISHED not in os.environ:
         pytest.skip(f"{PUBLISHED} names no folder of published answers")
     folder = Path(os.environ[PUBLISHED])

@@ -131,10 +131,10 @@ class Family:
         return out.sequences.numpy()[:, -self.new_tokens :], torch.stack(out.logits, dim=1).numpy()
 
     def check(self, theirs: Any, ours: LVLM, inputs: Arrays) -> None:
-        """What else holds of a padded batch."""
+        """Further properties of a padded batch."""
 
     def load(self, folder: Path) -> tuple[Any, dict]:
-        """A saved checkpoint in transformers, and what was missing or too much in it."""
+        """A saved checkpoint loaded by transformers, and its missing and unexpected tensors."""
         settings = dict(attn_implementation="eager", output_loading_info=True)
         model, report = self.classes[1].from_pretrained(folder, **settings)
         return model.float().eval(), report
@@ -153,7 +153,7 @@ class Family:
         return arrays["pixel_values"]
 
     def our_pixels(self, prompt: Any) -> np.ndarray:
-        """The same in ours, without what fills a bucket."""
+        """The pixels in our arrays, without the padding of a bucket."""
         return prompt.pixels[prompt.owner >= 0]
 
 
@@ -163,7 +163,7 @@ def normal(generator: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def merged(base: dict, change: dict) -> dict:
-    """`base` with the fields of `change`, also inside of dicts; None takes a dict away."""
+    """`base` updated by the fields of `change`, nested dicts included; None removes a dict."""
     out = dict(base)
     for name, value in change.items():
         if isinstance(base.get(name), dict) and value is None:

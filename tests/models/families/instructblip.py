@@ -72,7 +72,7 @@ class InstructBlip(Family):
         return self.runnable(model)
 
     def runnable(self, model):
-        """The model with a placeholder, of whatever number inside the vocabulary."""
+        """The model with a placeholder token, any one inside the vocabulary."""
         if model.config.image_token_index is None:
             model.config.image_token_index = model.config.text_config.vocab_size - 1
         return model
@@ -97,7 +97,7 @@ class InstructBlip(Family):
         }
 
     def for_us(self, inputs, theirs, ours):
-        """Our placeholder may lie behind the vocabulary."""
+        """Our placeholder may be past the end of the vocabulary."""
         ids = inputs["input_ids"]
         return inputs | {"input_ids": np.where(ids == theirs.image_token_index, ours.image_token_id, ids)}
 

@@ -1,4 +1,4 @@
-"""SmolVLM and Idefics3. In a layout a pair stands for an image of so many rows and columns of tiles."""
+"""SmolVLM and Idefics3. In a layout a pair (rows, columns) stands for an image with that grid of tiles."""
 
 import numpy as np
 from transformers import (

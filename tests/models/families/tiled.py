@@ -59,7 +59,7 @@ class Tiled(Family):
         return LVLM.from_pretrained(folder, dtype="float32")
 
     def their_pixels(self, arrays):
-        """Tiles of all images behind one another, without the empty ones that fill up."""
+        """Tiles of all images in sequence, without the empty ones that pad them."""
         tiles = arrays["pixel_values"].reshape(-1, 3, TILE, TILE)
         return tiles[tiles.any(axis=(1, 2, 3))]
 
@@ -94,7 +94,7 @@ class LlavaNext(Tiled):
 
 
 class LlavaOnevision(Tiled):
-    """Images that come together are not cut; (height, width, ALONE) is cut whatever comes with it."""
+    """Several images of a prompt are not cut into tiles; (height, width, ALONE) always is."""
 
     classes = LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
     layouts = Tiled.layouts | {

@@ -22,7 +22,7 @@ def written(tmp_path):
 
 
 def test_pictures_of_the_rejected_side_are_shown_there(written, encoder):
-    """Rows without them show the shared pictures; the same text about other pictures is a pair."""
+    """Rows without `rejected_images` use the shared images; equal texts about different images are a pair."""
     same_text = {"rejected": "a cat", "rejected_images": ["2.png"]}
     path = written({"rejected_images": ["1.png"], "weight": 0.5}, same_text, {})
     pairs = pair_files.read_pairs(path)

@@ -1,4 +1,4 @@
-"""Correctors: truth, files and functions; what is wrong with each is one line; a judge is never asked twice."""
+"""Correctors: truth, files and functions; faults of each are one line; a judge is never asked twice."""
 
 import json
 

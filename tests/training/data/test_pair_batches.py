@@ -112,7 +112,7 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own(rows, encoder):
 
 
 def test_groups_of_alike_lengths(rows, encoder):
-    """An epoch has the rows that it has without groups, and less padding; a batch depends on its number alone."""
+    """An epoch has the same rows as without groups, and less padding; a batch depends only on its number."""
     lengths, of_lengths = tuple(np.random.default_rng(0).integers(5, 200, 103)), types.SimpleNamespace(length=int)
     drawn, grouped, again = (Batches(lengths, of_lengths, 8, seed=3, groups=count) for count in (1, 5, 5))
     ends = [0, *map(drawn.steps, (1, 2, 3))]

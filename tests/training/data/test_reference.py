@@ -17,7 +17,7 @@ SETTINGS = {"dtype": "float32"}
 
 
 def score(params, batch):
-    """In the place of log-probabilities the answers' token ids, scaled by a parameter."""
+    """Stands in for log-probabilities: the answers' token ids, scaled by a parameter."""
     found = []
     for name in PAIR:
         answers, tokens = (

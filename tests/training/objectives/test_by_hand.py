@@ -46,7 +46,7 @@ def test_two_pairs_of_simpo():
 
 
 def test_simpo_computes_no_reference(model, data, tmp_path, monkeypatch):
-    """One pass through the decoder, with adapters on the connector too, where DPO makes two."""
+    """One pass through the decoder, where DPO needs two; also with adapters on the connector."""
     passes, logprobs = [], pairwise.Scorer.logprobs
     monkeypatch.setattr(pairwise.Scorer, "logprobs", lambda *given: passes.append(given) or logprobs(*given))
     made = pair_sets.task(model, data, tmp_path, "simpo")

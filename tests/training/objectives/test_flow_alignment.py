@@ -193,7 +193,7 @@ def test_gradients_equal_finite_differences_with_the_targets_held(stage):
 
 
 def test_a_stage_trains_the_heads_that_it_moves_and_no_others():
-    """Queries of the last layer reach the first term through their own head alone."""
+    """Queries of the last layer affect the first term only through their own head."""
     last, heads, shares = DEPTH - 1, load(SHARED)[1].config.text.num_heads, []
     for stage in (1, 2):
         for index, (student, _, _) in enumerate(passes(SHARED)):
