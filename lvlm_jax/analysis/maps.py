@@ -28,7 +28,7 @@ def image_mass(
 
     Args:
         attention: weights.
-        image_id: what each column is.
+        image_id: 0 for text, k >= 1 for the k-th image, -1 for padding.
         image: which image, from 1; None for all of them together.
     """
     chosen = image_id > 0 if image is None else image_id == image

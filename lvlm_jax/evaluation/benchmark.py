@@ -91,5 +91,5 @@ class Benchmark:
 
 
 def word_of(figure: str) -> str:
-    """A figure's name without its subset: "accuracy" for "random: accuracy"."""
+    """A figure's name without its group: "accuracy" for "random: accuracy"."""
     return figure.rpartition(": ")[2]

@@ -98,7 +98,7 @@ def singular(word: str, known: AbstractSet[str]) -> str:
 
 
 def verb_stem(word: str, objects: Container[str]) -> str | None:
-    """The object that a word in -ed or -ing is a verb form of, or None."""
+    """The object whose name, used as a verb, has this form in -ed or -ing; None if there is none."""
     match = re.fullmatch(r"(.+?)(ed|ing)", word)
     if match is None:
         return None

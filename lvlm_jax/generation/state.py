@@ -155,7 +155,7 @@ class State:
 
     @property
     def image_id(self) -> Int[Array, "B C"]:
-        """The main branch's columns."""
+        """`image_id` of the main branch's columns."""
         return self.tracks[0].image_id
 
     @property

@@ -199,7 +199,7 @@ def plan(job: Job, target: str = compilers.STAND_IN, exact: bool = False) -> Pla
 
 
 def alike_in_all_layers(method: Method | None, layers: int) -> bool:
-    """Whether a method repeats after two layers, so that two depths represent all.
+    """Whether a method's edits repeat every two layers. Then figures for all layers follow from programs of two depths.
 
     Raises:
         LVLMError: it edits layers that the model does not have.

@@ -37,7 +37,7 @@ def column_words(encoder: Any) -> np.ndarray:
 
 
 def label_words(encoder: Any) -> np.ndarray:
-    """Per label of `place_labels`, the first token of its name, int32 [labels]."""
+    """The first token of the name of each label in `place_labels`, int32 [labels]."""
     names = [*catalogue.CATEGORIES, *(name.split(" ", 1)[1] for name in catalogue.SCENE_NAMES)]
     return np.array([encoder(f" {name}", add_special_tokens=False)["input_ids"][0] for name in names], np.int32)
 

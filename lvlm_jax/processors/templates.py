@@ -143,7 +143,7 @@ def _rendered(processor: Any, messages: Sequence[Message], prompt: bool, continu
 
 
 def _forms(processor: Any, messages: Sequence[Message]) -> Forms:
-    """The form of each role's messages in a conversation like this one."""
+    """The form (`AS_GIVEN`, `STRINGS` or `PARTS`) in which the template reads most texts of each role's messages."""
     trial = _trial(messages)
     speakers = sorted({_speaker(message) for message, _ in trial})
     choices = itertools.product((AS_GIVEN, STRINGS, PARTS), repeat=len(speakers))

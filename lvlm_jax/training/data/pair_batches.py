@@ -149,8 +149,8 @@ class Encoder:
         Args:
             messages: of each sequence, by name; all have the same prompt.
             last_only: learn only the last answer.
-            pictures: by sequence, the images of those that have others than the example; the number of images is the
-                same.
+            pictures: images by name of the sequence, for sequences with other images than the example's, in equal
+                number.
 
         Raises:
             LVLMError: as `pair`.
