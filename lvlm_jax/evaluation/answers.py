@@ -182,7 +182,7 @@ def read(paths: Sequence[tuple[str | None, Path]], form: AnswerFormat, groups: S
 
 
 def _of_groups(folder: Path, groups: Sequence[str]) -> list[tuple[Path, str]]:
-    """The files in a folder that have the name of a group in theirs."""
+    """The files in a folder whose names contain the name of a group, each with its group."""
     entries = [path for path in sorted(folder.iterdir()) if path.suffix in ENDINGS]
     of_group = []
     for group in groups:

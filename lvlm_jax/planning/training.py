@@ -51,7 +51,8 @@ def training(job: Any, config: FamilyConfig, mesh: Mesh, target: str) -> tuple[P
 
 
 def traced_update(job: Any, config: FamilyConfig, mesh: Mesh) -> tuple[Any, tuple, tuple, float]:
-    """The traced program of an update, its arguments (state, frozen, rows), shardings, and the bytes of the copy."""
+    """The traced program of an update, its arguments (state, frozen, rows), shardings, and the copy's bytes (see
+    `divided`)."""
     defaults = settings.base(job.training.recipe)
     trainable, frozen, copy_bytes = divided(job, config, mesh)
     transformation = optimizer.make(ConfigDict({**defaults.optimizer, "steps": 1000}))
@@ -68,8 +69,8 @@ def traced_update(job: Any, config: FamilyConfig, mesh: Mesh) -> tuple[Any, tupl
 def divided(job: Any, config: FamilyConfig, mesh: Mesh) -> tuple[Any, Any, float]:
     """(trainable, frozen, copy_bytes): shapes as `finetune` splits a model, and the bytes that it stores besides.
 
-    The loop trains a copy, so the original stays in memory: the initial adapters, or with full fine-tuning the loaded
-    weights, including the frozen ones in the master dtype if products use another dtype.
+    The loop trains a copy, so the original stays in memory (`copy_bytes`): the initial adapters, or with full
+    fine-tuning the loaded weights, including the frozen ones in the master dtype if products use another dtype.
     """
     of = job.training
     if not of.lora:

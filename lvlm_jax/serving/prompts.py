@@ -120,7 +120,7 @@ class Prompts:
         return self.laid_out(inputs.from_messages(self._own.processor, model.config, conversation))
 
     def laid_out(self, prompt: Inputs) -> Prompt:
-        """Lays out one prompt in numbers of columns from the series."""
+        """Cuts one prompt into its two parts and pads each to a number of columns from the fixed series."""
         config, length = self._model.config, int(prompt.lengths[0])
         valid = prompt.image_id[0] >= 0
         image = np.flatnonzero(prompt.image_id[0][valid] > 0)

@@ -1,7 +1,7 @@
 """Reports: a folder of scored runs as one HTML page without any reference to the outside, and as one Markdown file.
 
-`report.runs` reads the runs and subtracts them, `report.tables` makes the tables, `report.examples` draws the examples;
-here they are put together and written down.
+`report.runs` reads the runs and `report.comparisons` compares them, `report.tables` makes the tables, `report.examples`
+draws the examples; this module combines them and writes the files.
 """
 
 import dataclasses

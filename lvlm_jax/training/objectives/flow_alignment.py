@@ -107,7 +107,7 @@ class AnswerRows(Method):
         return own, jnp.take_along_axis(site.mask, places[:, :, None], axis=1, mode="clip")
 
     def places(self, site) -> Int[Array, "B A"]:
-        """Indices of these rows in the site; for rows outside the site, an index after the last row."""
+        """Indices of these rows in the site; for rows outside the site, an index past the last row."""
         rows, place = site.row_index.shape[0], self.index - site.row_index[0]
         return jnp.where((place >= 0) & (place < rows), place, rows)
 
