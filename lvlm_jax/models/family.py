@@ -115,7 +115,7 @@ class FamilyConfig(abc.ABC):
 
     @abc.abstractmethod
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"] | None:
-        """The image token (from 0) that shows each place of the image; None if tokens have no places.
+        """For each position of the image, the image token (from 0) that covers it; None if tokens have no positions.
 
         Args:
             pictures: the result of `pictures`.

@@ -89,7 +89,7 @@ class Gemma3Config(FamilyConfig):
         return whole_pictures(np.zeros((1, 3, side, side), np.float32), self.tokens_per_image)
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """The image token that shows each place of the image, in the view of the whole image."""
+        """For each position of the image, the token that covers it in the view of the whole image."""
         del pictures, image
         return square_map(self.tokens_per_image)
 

@@ -108,7 +108,7 @@ class InternVlConfig(FamilyConfig):
         return _tile_rows(np.zeros((1, 3, side, side), np.float32), np.ones(1, np.int64), self.tokens_per_tile)
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """The image token that shows each place of the image, in its last tile, which shows the whole image."""
+        """For each position of the image, the token that covers it in the last tile, which shows the whole image."""
         tile = self.tokens_per_tile
         return square_map(tile, first=int(pictures.token_counts[image]) - tile)
 

@@ -49,7 +49,7 @@ class LlamaConfig(FamilyConfig):
         return whole_pictures(np.zeros((1, 3, 1, 1), np.float32), 1)
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"] | None:
-        """None: tokens have no places."""
+        """None: tokens have no positions in an image."""
         return None
 
 

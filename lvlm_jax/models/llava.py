@@ -81,7 +81,7 @@ class LlavaConfig(FamilyConfig):
         return whole_pictures(np.zeros((1, 3, side, side), np.float32), self.tokens_per_image)
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """The image token that shows each place of the image."""
+        """For each position of the image, the index of the image token that covers it."""
         del pictures, image
         return square_map(self.vision.num_patches, first=int(self.feature_select == "full"))
 
@@ -110,7 +110,7 @@ def feature_layers(hf: Any, depth: int) -> tuple[int, ...]:
 
 
 def feature_select(hf: Any) -> str:
-    """`vision_feature_select_strategy`.
+    """The configuration's `vision_feature_select_strategy`.
 
     Raises:
         LVLMError: it is neither "default" nor "full".

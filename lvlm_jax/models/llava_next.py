@@ -82,7 +82,7 @@ class LlavaNextConfig(FamilyConfig):
         return self.pictures([self.tiling.blank()], [])
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """The image token that shows each place of the image, in the first view, which shows the whole image."""
+        """For each position of the image, the token that covers it in the first view, which shows the whole image."""
         del pictures, image
         return square_map(self.tiling.side**2)
 

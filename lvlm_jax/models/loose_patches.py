@@ -123,7 +123,7 @@ class LoosePatchConfig(FamilyConfig):
         return self.with_geometry(blank_patches(self.vision.channels, self.vision.merge))
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """The image token that shows each place of the image."""
+        """For each position of the image, the index of the image token that covers it."""
         return grid_map(pictures, image)
 
     def shown(self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]) -> Float[np.ndarray, "R P C"]:

@@ -103,7 +103,8 @@ class PatchEmbedding(nn.Module):
 
 
 class PatchAttention(nn.Module):
-    """Multi-head attention with rotary rows and columns; `attention` computes it from queries, keys and values."""
+    """Multi-head attention with rotary positions for rows and columns; `attention` computes it from queries, keys and
+    values."""
 
     config: PatchTowerConfig
     dtype: jnp.dtype

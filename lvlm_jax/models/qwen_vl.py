@@ -166,7 +166,7 @@ class QwenVlConfig(FamilyConfig):
         return whole_pictures(np.zeros((1, 3, side, side), np.float32), self.tokens_per_image)
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """The image token whose query belongs to each place of a square; queries also attend elsewhere."""
+        """For each position of a square, the image token whose query belongs to it; queries also attend elsewhere."""
         del pictures, image
         return square_map(self.tokens_per_image)
 

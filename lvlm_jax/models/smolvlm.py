@@ -121,7 +121,7 @@ class SmolVlmConfig(FamilyConfig):
         return Pictures(np.zeros((1, 3, side, side), np.float32), np.zeros(1, int), np.ones(1, int), geometry)
 
     def token_map(self, pictures: Pictures, image: int) -> Int[np.ndarray, "H W"]:
-        """The image token that shows each place of the image, in its last tile, which shows the whole image."""
+        """For each position of the image, the token that covers it in the last tile, which shows the whole image."""
         tile = (pictures.pixels.shape[-1] // self.vision.patch_size // self.scale) ** 2
         return square_map(tile, first=int(pictures.token_counts[image]) - tile)
 

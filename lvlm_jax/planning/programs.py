@@ -5,9 +5,9 @@ Arguments are `jax.ShapeDtypeStruct`s with shardings. The target's own compiler 
 
 - for this CPU: the program that would run here, unchanged;
 - as a stand-in for an accelerator's: with 16-bit products (`double_width`), and with an order of operations that needs
-  little memory, as the schedulers of GPUs and TPUs find: XLA's own memory-minimising order, or that of `schedule`,
-  whichever takes less. XLA's default order for CPUs gathers all sharded weights at once, and makes recomputation
-  useless. Fusion, tiling and padding of an accelerator's own compiler are not modelled.
+  little memory, as on GPUs and TPUs (XLA's memory-minimising order or that of `schedule`, whichever takes less). XLA's
+  default order for CPUs gathers all sharded weights at once, and makes recomputation useless. Fusion, tiling and
+  padding of an accelerator's own compiler are not modelled.
 """
 
 import dataclasses

@@ -100,7 +100,7 @@ class Chats:
     """Batches of rows about one image each. The first row of every second batch has no image or two images,
     alternating.
 
-    `hard` is the share of absent objects that are typical of the place; None means none.
+    `hard` is the probability that an absent object is chosen among the typical ones of the place; None excludes these.
     """
 
     seed: int

@@ -29,13 +29,13 @@ class Strict(pydantic.BaseModel):
 
 
 class StreamOptions(Strict):
-    """Options at the end of a stream."""
+    """OpenAI's `stream_options`: whether a stream ends with the usage."""
 
     include_usage: bool = False
 
 
 class Extra(Strict):
-    """Extensions of this server."""
+    """Requests for results that OpenAI's API does not have."""
 
     attention: bool = False
 
