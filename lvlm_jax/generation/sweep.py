@@ -205,8 +205,7 @@ def _run(
         tokens: the prompt's token ids.
         limit: largest number of tokens to write.
         answer_capacity: how many tokens fit in the caches after the prompt.
-        embedding_axes: the grid axes of the embeddings of `prompt` and of `contrast`, or None where there is no grid
-            axis.
+        embedding_axes: the grid axis in the embeddings of `prompt`, and in those of `contrast`; None if they have none.
         options: static options of `forward.prefill`.
     """
 
