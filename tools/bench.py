@@ -54,9 +54,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="conversations at once, one image each (default 1)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded in a run (default 32)")
     parser.add_argument("--runs", type=int, default=5, help="runs per figure (default 5)")
-    parser.add_argument(
-        "--decodes", type=int, default=1, help="timed decodes after each prefill (default 1)"
-    )
+    parser.add_argument("--decodes", type=int, default=1, help="timed decodes after each prefill (default 1)")
     parser.add_argument(
         "--methods", default="cmac", help="names separated by commas, or all; empty for no method (default cmac)"
     )

@@ -1,9 +1,9 @@
-// Products of many rows with a matrix in the tiles of AMX: what prompts and training take on CPUs that have it. XLA has
-// no code for these tiles, which multiply bfloat16 and add float32.
+// Products of many rows with a matrix in AMX tiles, for prompts and training on CPUs with AMX. XLA has no code for these
+// tiles, which multiply bfloat16 and add in float32.
 //
-// An int8 is a bfloat16, and a float32 is the sum of three: float32 rows meet an int8 matrix in three products, and no
-// digit is lost. (A float32 matrix would take six, which are slower than vectors of float32.) The order of sums is
-// decided by shapes.
+// bfloat16 represents every int8 exactly, and a float32 is the sum of three bfloat16. So the product of float32 rows with
+// an int8 matrix takes three tile products and loses no digit. (A float32 matrix would take six, which are slower than
+// vectors of float32.) The order of additions depends only on the shapes.
 
 #ifndef LVLM_JAX_NATIVE_MANY_ROWS_H_
 #define LVLM_JAX_NATIVE_MANY_ROWS_H_
@@ -30,11 +30,11 @@ namespace ffi = xla::ffi;
 #ifdef LVLM_JAX_TILES
 namespace {
 
-constexpr int64_t kSide = 16;           // rows of a tile, and columns of float32
-constexpr int64_t kBlock = 2 * kSide;   // rows, columns and channels that meet at a time; a tile's row of bfloat16
+constexpr int64_t kSide = 16;           // rows of a tile, and its columns in float32
+constexpr int64_t kBlock = 2 * kSide;   // rows, columns and channels per block; bfloat16 numbers in a tile's row
 constexpr int64_t kTile = kSide * kBlock;
-constexpr int64_t kDepth = 1024;        // channels that are summed in tiles, before the sums are added up
-constexpr int64_t kWide = 8;            // blocks of columns that share what is read of the rows, at most
+constexpr int64_t kDepth = 1024;        // channels that are summed in tiles before the sums are added up
+constexpr int64_t kWide = 8;            // at most this many blocks of columns use the rows that were read
 
 struct alignas(64) Shape {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -42,13 +42,13 @@ struct alignas(64) Shape {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// How many bfloat16 make up a number.
+// The number of bfloat16 whose sum is a number of type T.
 template <class T>
 constexpr int kParts = std::is_same_v<T, float> ? 3 : 1;
 
 inline __m512i Narrow(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
-// 32 numbers as the sum of their parts, each of 32 bfloat16; the largest part first. An infinite number leaves NaN.
+// Splits 32 numbers into parts of 32 bfloat16 whose sum they are, the largest part first. Infinity becomes NaN.
 inline void Split(const BFloat16* from, __m512i* parts) { parts[0] = _mm512_loadu_si512(from); }
 inline void Split(const int8_t* from, __m512i* parts) {
   parts[0] = Narrow((__m512)Load(from), (__m512)Load(from + kSide));
@@ -69,7 +69,7 @@ inline __m512i Halves(const W* from) {
   return part;
 }
 
-// Tiles of channels [0, deep) and 32 columns of w, which is [in, out]: pairs of channels, interleaved.
+// Packs channels [0, deep) and 32 columns of w [in, out] into tiles, with pairs of channels interleaved.
 template <class W>
 void PackInOut(const W* w, int64_t out, int64_t deep, uint16_t* packed) {
   const auto pairs = [](__m256i even, __m256i odd) {
@@ -83,7 +83,7 @@ void PackInOut(const W* w, int64_t out, int64_t deep, uint16_t* packed) {
   }
 }
 
-// The same of w that is [out, in]: a transpose of pairs.
+// The same for w [out, in], where it is a transpose of pairs.
 template <class W>
 void PackOutIn(const W* w, int64_t in, int64_t deep, uint16_t* packed) {
   const __m512i column = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
@@ -135,9 +135,9 @@ template <class X, class W, class Y>
 void MultiplyTiles(ffi::ThreadPool& pool, const X* x, const W* w, Y* y, int64_t rows, int64_t in, int64_t out,
                    bool out_first) {
   constexpr int kOfRows = kParts<X>;
-  // Rows of bfloat16 are read where they lie, but for a last block that has zeros behind it.
+  // Whole blocks of bfloat16 rows are read in place; a last, incomplete block is copied and padded with zeros.
   const int64_t whole = kOfRows == 1 ? rows / kBlock : 0, blocks = Ceil(rows, kBlock), stride = (blocks - whole) * kBlock * in;
-  static thread_local std::vector<uint16_t> kept;  // by the calling thread, which outwaits those who use it
+  static thread_local std::vector<uint16_t> kept;  // of the calling thread, which waits for the threads that use it
   if (kept.size() < static_cast<size_t>(kOfRows * stride)) kept.resize(kOfRows * stride);
   uint16_t* const split = kept.data();
   const auto copy = [&](int64_t block) {
@@ -153,7 +153,7 @@ void MultiplyTiles(ffi::ThreadPool& pool, const X* x, const W* w, Y* y, int64_t 
     ForEach(pool, blocks, copy);
   else if (blocks > whole)
     copy(whole);
-  // The columns of an item stay in the second-level cache, and there are items enough for all threads.
+  // The columns of an item fit into the second-level cache, and there are about two items per thread, or more.
   const int64_t share = Ceil(out / kBlock, 2 * std::max<int64_t>(pool.num_threads(), 1));
   const int64_t wide = std::min(kWide, share) * kBlock;
   ForEach(pool, Ceil(out, wide), [&](int64_t item) {
@@ -199,7 +199,7 @@ void MultiplyTiles(ffi::ThreadPool& pool, const X* x, const W* w, Y* y, int64_t 
 }  // namespace
 #endif
 
-// Whether this processor and this system let the process use tiles.
+// Whether the processor and the operating system let this process use AMX tiles.
 extern "C" bool many_rows_ready() {
 #ifdef LVLM_JAX_TILES
   constexpr int kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
