@@ -185,7 +185,7 @@ class Scheduler:
     def answers(self, requests: Iterable[Request]) -> Iterator[tuple[int, Finished | LVLMError]]:
         """Yields the number of each request (from 0) with its answer (a batch of one, host arrays) or its error.
 
-        In the order in which answers end. Requests are read as rows become free, one group ahead.
+        Answers come in the order in which they end. Requests are read as rows become free, one group ahead.
         """
         queue = itertools.starmap(_numbered, enumerate(requests))
         results: deque[tuple[int, Finished | LVLMError]] = deque()

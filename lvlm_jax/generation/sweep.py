@@ -177,7 +177,8 @@ def _with_edited_towers(
 
 
 def _contrast_methods(methods: Sequence[Method], prompt: Inputs) -> Sequence[Method]:
-    """One setting per contrast prompt: only images can depend on a strength."""
+    """The methods whose contrast prompts differ: all if strengths change the images of the contrast branch, else the
+    first."""
     varies = contrast_kind(methods[0]) in OTHER_PICTURES and prompt.pixels is not None
     return methods if varies else methods[:1]
 

@@ -25,10 +25,11 @@ def fits(x: Array, matrix: Array) -> bool:
 
 
 def many_rows_dot(x: Float[Array, "*T K"], matrix: Array, out_first: bool) -> Float[Array, "*T N"]:
-    """x · matrix with sums in float32, for a product that `fits`. Batched in x; differentiable in what is not int8.
+    """x · matrix with sums in float32, for a product that `fits`. Batched in x; differentiable in x, and in a bfloat16
+    matrix.
 
-    The result of two bfloat16 is bfloat16, that of an int8 matrix float32. An int8 is a bfloat16, and a float32 is the
-    sum of three, so no digit is lost before the sums.
+    The result is bfloat16 for a bfloat16 matrix, float32 for an int8 matrix. bfloat16 represents every int8 exactly,
+    and a float32 is the sum of three bfloat16, so no digit is lost before the additions.
 
     Args:
         x: rows.

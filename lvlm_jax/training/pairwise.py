@@ -191,7 +191,8 @@ def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> l
 def with_reference(samples: Samples, scorer: Scorer, reference: str, workdir: Path) -> Samples:
     """The samples, with the log-probabilities of their answers if `reference` is "precomputed" or "auto" chooses that.
 
-    It pays if steps use samples more than once: one pass over all samples replaces the reference's pass in every step.
+    Precomputing pays if samples are used more than once: one pass over all samples replaces the reference's pass in
+    every step.
     """
     of = samples.config.lora
     chosen = samples.seen_again or of.start or not of.enabled
