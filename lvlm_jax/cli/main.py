@@ -1,4 +1,5 @@
-"""`lvlm COMMAND ...`: finds the command and calls it. It first imports nothing that is slow to import."""
+"""`lvlm COMMAND ...`: finds the command and calls it. Only the command itself imports modules that are slow to
+import."""
 
 import difflib
 import importlib

@@ -6,8 +6,8 @@ beam, if it ended now, would be no better than the worst of them.
 
     row b·N + n    beam n of sample b; all rows of a sample share its prompt, so reordering copies only later columns
 
-`Hypotheses` knows nothing of models or caches: a search passes in scores of continuations and runs those that come
-back.
+`Hypotheses` knows nothing of models or caches: a search passes in the scores of continuations, and runs the chosen
+ones.
 """
 
 import dataclasses

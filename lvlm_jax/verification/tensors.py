@@ -65,7 +65,7 @@ def of_index(index: Path, config: FamilyConfig, parameters: dict | None = None) 
 def compare_names(
     names: Collection[str], config: FamilyConfig, parameters: dict
 ) -> tuple[str, dict[str, tuple[int, ...]], list[str], list[str]]:
-    """The naming scheme of most names, its shapes, and which names are missing and unexpected."""
+    """The naming scheme that most names follow, its shapes, and the missing and the unexpected names."""
     table = table_for(config)
     by_scheme = {scheme: stored_shapes(config, scheme, parameters) for scheme in table.schemes}
     scheme = max(by_scheme, key=lambda one: len(by_scheme[one].keys() & set(names)))

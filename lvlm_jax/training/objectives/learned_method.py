@@ -74,7 +74,7 @@ def prompted_row(encoder: Encoder, pair: Pair) -> PromptedRow:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Batches by step, with everything computed that does not depend on strengths: made in the training process.
+    """Batches by step, made in the training process. They contain whatever can be computed without the strengths.
 
     Attributes:
         batches: which rows a step takes.
