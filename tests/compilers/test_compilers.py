@@ -11,7 +11,6 @@ from lvlm_jax import models
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.planning import compilers, plan
 from tests.compiler import optimised
-from tests.models.test_published import published
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import bench_compilers  # noqa: E402
@@ -44,13 +43,11 @@ def test_the_memory_of_an_update_grows_with_its_length(compiler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sides", "most"), [([(3584, 3584)], 1.5), ([(1024, 1024)] * 16, 2.0)], ids=["one large picture", "sixteen"]
+    ("pictures", "most"), zip(bench_compilers.PICTURES.values(), [1.5, 2.0], strict=True), ids=bench_compilers.PICTURES
 )
-def test_the_memory_of_a_tower_with_windows(compiler, sides, most):
-    raw = published("qwen2_5_vl", "Qwen2.5-VL-7B-Instruct")
-    vision = raw["vision_config"] | {"depth": 4, "fullatt_block_indexes": [1, 3]}
-    config = models.config_from_hf(raw | {"vision_config": vision})
-    assert bench_compilers.temporary(bench_compilers.tower(compiler, config, sides)) < most
+def test_the_memory_of_a_tower_with_windows(compiler, pictures, most):
+    config = models.config_from_hf(bench_compilers.TOWER)
+    assert bench_compilers.temporary(bench_compilers.tower(compiler, config, pictures)) < most
 
 
 @pytest.mark.slow
@@ -92,10 +89,7 @@ def test_a_plan_by_the_compiler(compiler, ways):
 @pytest.mark.slow
 def test_heads_that_eight_devices_would_cut_are_spread_over_four(compiler):
     """Qwen2-7B has 4 key heads: two all-reduces per layer, and each device has only its part of the caches."""
-    raw = published("qwen2_5_vl", "Qwen2.5-VL-7B-Instruct")
-    layers = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
-    text = raw.get("text_config", raw)
-    config = models.config_from_hf(raw | layers if text is raw else raw | {"text_config": text | layers})
+    config = bench_compilers.cut(model="qwen2-7b")
     job = plan.Job("qwen2-7b", config, 8, (2, 1, 4), batch=2, images=0, prompt_tokens=600)
     with optimised(True):
         decode = plan.plan(job, compiler).programs[-1]
