@@ -30,6 +30,7 @@ from lvlm_jax.models.qwen_vision import (
     apply_in_chunks,
     axial_rotation,
     in_reading_order,
+    tokens_by_pictures,
 )
 from lvlm_jax.models.vision import picture_attention
 
@@ -206,4 +207,4 @@ class Glm4v(VisionLanguageModel):
         weights: Float[Array, "R P 16"],
     ) -> Float[Array, "N E"]:
         """Image tokens in reading order, then filler; the geometry is that of `patch_rows` and `with_positions`."""
-        return in_reading_order(self.connector(self.vision_tower(pixels, coordinates, valid, entries, weights)), order)
+        return in_reading_order(tokens_by_pictures(self, pixels, coordinates, valid, entries, weights), order)

@@ -23,6 +23,7 @@ from lvlm_jax.models.qwen_vision import (
     apply_in_chunks,
     axial_rotation,
     in_reading_order,
+    tokens_by_pictures,
 )
 from lvlm_jax.models.vision import picture_attention
 
@@ -114,5 +115,4 @@ class Qwen2Vl(VisionLanguageModel):
         order: Int[Array, "N 2"],
     ) -> Float[Array, "N E"]:
         """Image tokens for the decoder, then filler; arguments as from `patch_rows`."""
-        features = self.vision_tower(pixels, coordinates, valid)
-        return in_reading_order(self.connector(features), order)
+        return in_reading_order(tokens_by_pictures(self, pixels, coordinates, valid), order)

@@ -21,7 +21,13 @@ from lvlm_jax.models.interpolation import ResampledPositions, corner_aligned, li
 from lvlm_jax.models.loose_patches import LoosePatchConfig, PatchTowerConfig, check_width, tower_sizes
 from lvlm_jax.models.pictures import Pictures
 from lvlm_jax.models.qwen2_vl import EPSILON, TowerLayer
-from lvlm_jax.models.qwen_vision import PatchEmbedding, PatchMerger, axial_rotation, in_reading_order
+from lvlm_jax.models.qwen_vision import (
+    PatchEmbedding,
+    PatchMerger,
+    axial_rotation,
+    in_reading_order,
+    tokens_by_pictures,
+)
 from lvlm_jax.models.vision import picture_attention
 
 
@@ -154,5 +160,4 @@ class Qwen3Vl(VisionLanguageModel):
         weights: Float[Array, "R P 4"],
     ) -> Float[Array, "N E_and_added"]:
         """Image tokens in reading order, then filler; the geometry is that of `patch_rows` and `with_positions`."""
-        outputs = self.vision_tower(pixels, coordinates, valid, entries, weights)
-        return in_reading_order(self.connector(outputs), order)
+        return in_reading_order(tokens_by_pictures(self, pixels, coordinates, valid, entries, weights), order)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lvlm_jax.attention.rotary import RopeConfig, Rotation, frequencies, rotate
 from lvlm_jax.models.layers import activation, layer_norm, linear, rms_norm
 from lvlm_jax.models.loose_patches import PatchTowerConfig
-from lvlm_jax.models.vision import in_turn, patch_attention
+from lvlm_jax.models.vision import by_pictures, in_turn, patch_attention
 
 LARGEST_MAP = 2**24  # elements of the window maps computed at a time, 64 MiB in float32
 CHUNK = 2**14  # patches (of all images) that go through an MLP at a time
@@ -184,6 +184,19 @@ class PatchMerger(nn.Module):
         blocks = normed.reshape(patches.shape[0], -1, self.unit * patches.shape[2])
         hidden = activation("gelu")(linear(blocks.shape[-1], self.dtype, "linear_1", use_bias=True)(blocks))
         return linear(self.features, self.dtype, "linear_2", use_bias=True)(hidden)
+
+
+def tokens_by_pictures(model: nn.Module, pixels: Float[Array, "R P C"], *geometry: Array) -> Float[Array, "R M E"]:
+    """The tokens of every row of patches from a model's tower and connector, a few rows at a time.
+
+    Args:
+        geometry: further arguments of the tower, with an entry for each row.
+    """
+
+    def look(model: nn.Module, *rows: Array) -> Float[Array, "R M E"]:
+        return model.connector(model.vision_tower(*rows))
+
+    return by_pictures(model, look, pixels, pixels.shape[1], *geometry)
 
 
 def in_reading_order(tokens: Float[Array, "R M E"], order: Int[Array, "N 2"]) -> Float[Array, "N E"]:

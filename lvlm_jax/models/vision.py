@@ -55,7 +55,7 @@ def picture_attention(
 
 
 def by_pictures(
-    model: nn.Module, look: Callable[..., Any], pixels: Float[Array, "R 3 Y X"], patches: int, *more: Array
+    model: nn.Module, look: Callable[..., Any], pixels: Float[Array, "R ..."], patches: int, *more: Array
 ) -> Any:
     """`look(model, pixels, *more)` for all images, a few at a time, to save memory.
 

@@ -13,10 +13,20 @@ from tests.compiler import optimised
 from tests.models import zoo
 from tests.slow import named
 
-SLOW = ("smolvlm", "llava_next", "llava_onevision", "gemma3", "instructblip", "qwen_vl")
+SLOW = (
+    "smolvlm",
+    "llava_next",
+    "llava_onevision",
+    "gemma3",
+    "instructblip",
+    "qwen_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+    "glm4v",
+)
 
 
-@pytest.mark.parametrize("name", named(["llava", "internvl", *SLOW], SLOW))
+@pytest.mark.parametrize("name", named(["llava", "internvl", "qwen2_5_vl", *SLOW], SLOW))
 def test_a_few_pictures_at_a_time_by_blocks(monkeypatch, tmp_path, name):
     """Tokens, the class token's attention on them, and gradients equal those of all images and patches at once."""
     case = zoo.load(name, tmp_path)
