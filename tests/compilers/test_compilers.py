@@ -43,7 +43,9 @@ def test_the_memory_of_an_update_grows_with_its_length(compiler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("pictures", "most"), zip(bench_compilers.PICTURES.values(), [1.5, 2.0], strict=True), ids=bench_compilers.PICTURES
+    ("pictures", "most"),
+    list(zip(bench_compilers.PICTURES.values(), [1.5, 2.0], strict=True)),
+    ids=bench_compilers.PICTURES,
 )
 def test_the_memory_of_a_tower_with_windows(compiler, pictures, most):
     config = models.config_from_hf(bench_compilers.TOWER)
