@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.base.sft.method = "capl"
     config.base.lora.enabled = False
     config.base.optimizer.peak = 5e-4
-    config.base.update(batch=16, steps=1500, length=512)
+    config.base.update(batch=16, steps=1500, length=512, length_groups=16)
     config.gate = 0.08  # the accuracy that it must lose under truncated attention
 
     # Nearly every prompt gives a pair, because the ladder finds a wrong answer to it.
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     for name in ("sft", "preference"):
         config[name].lora.update(rank=32, alpha=64.0)
         config[name].optimizer.peak = 2e-4
-        config[name].update(batch=16, steps=600, length=512)
+        config[name].update(batch=16, steps=600, length=512, length_groups=16)
     config.questions = 2700  # of the test split, balanced
     config.limit = 0  # only this number of each kind, for a trial; 0: all
 

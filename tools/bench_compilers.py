@@ -173,13 +173,13 @@ def figures(compile_one: Callable[[], jax.stages.Compiled]) -> str:
     """
     start = time.process_time()
     try:
-        said = f"{temporary(compile_one()):.2f}"
+        result = f"{temporary(compile_one()):.2f}"
     except jax.errors.JaxRuntimeError as error:
         needed = re.search(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG])", str(error))
         if needed is None:
             raise
-        said = f"{needed[1]} needed, {needed[2]} there"
-    return f"{said} ({time.process_time() - start:.0f} s)"
+        result = f"{needed[1]} needed, {needed[2]} there"
+    return f"{result} ({time.process_time() - start:.0f} s)"
 
 
 def messages(program: jax.stages.Compiled, devices: int) -> str:

@@ -8,6 +8,7 @@ of a TPU) are free.
 import re
 from collections.abc import Mapping
 
+from lvlm_jax.native.build import COLUMNS
 from lvlm_jax.planning.collectives import OPERATIONS
 from lvlm_jax.planning.hlo import Computations, Instruction, size_of
 
@@ -34,9 +35,18 @@ def moved(computations: Computations, times: Mapping[str, float], only_products:
         if times[name] and name not in inside:
             sizes = {one.name: size_of(_result(one), far=True) for one in instructions}
             ends = {one.operands[0]: one for one in instructions if one.operation.endswith("-done")}
-            counted = (one for one in instructions if one.operation in _PRODUCTS or not only_products)
+            counted = (one for one in instructions if _is_product(one) or not only_products)
             total += times[name] * sum(_bytes(one, sizes, ends, computations) for one in counted)
     return total
+
+
+def _is_product(one: Instruction) -> bool:
+    return one.operation in _PRODUCTS and not _writes_columns(one)
+
+
+def _writes_columns(one: Instruction) -> bool:
+    """Whether it writes columns of a cache where the cache lies, as CPUs do."""
+    return one.operation == "custom-call" and f'custom_call_target="{COLUMNS}"' in one.rest
 
 
 def _result(one: Instruction) -> str:
@@ -59,7 +69,7 @@ def _bytes(
     read, written = [sizes.get(name, 0) for name in one.operands], sizes[one.name]
     if operation in _SLICES:
         return 2 * written
-    if operation == "dynamic-update-slice":
+    if operation == "dynamic-update-slice" or _writes_columns(one):
         return 2 * read[1]
     if operation == "scatter":
         return 3 * read[-1]

@@ -82,6 +82,11 @@ def test_a_token_is_a_round_of_its_loop():
     assert collectives.read(found, times, devices=8) == ({4: 4 * 8 * 2 * 3 / 4}, 1)
     row = 8 * 2
     assert traffic.moved(found, times) == (row + row + 4) + (row + 4 * row) + 2 * row
+    # The same by the call that CPUs make.
+    call = f'custom-call(%cache, %new, %j), custom_call_target="{build.COLUMNS}"'
+    found, _ = computations(DECODE.replace("fusion(%cache, %new, %j), kind=kLoop, calls=%written", call))
+    assert traffic.moved(found, times) == 2 * row + (row + 4 * row) + 2 * row
+    assert traffic.moved(found, times, only_products=True) == 0
 
 
 @pytest.mark.parametrize(("rows", "causal", "window"), [(1024, True, None), (256, True, None), (1024, False, None),
