@@ -67,7 +67,7 @@ def test_a_switch_is_of_its_kind(cls, field):
         (lambda: CMAC(gamma="two"), "CMAC: gamma is 'two'; expected a number >= 1e-06 or None"),
         (lambda: VCD(beta=2), r"VCD: beta is 2; expected a number in \[0, 1\]"),
         (lambda: VCD(alpha=1e39), r"alpha is 1e\+39; expected a number >= 0 within float32 \(up to 3.4e\+38\)"),
-        (lambda: VCD(alpha=jnp.arange(3.0)), r"alpha has shape \(3,\); .* give sweep a method for each, or build"),
+        (lambda: VCD(alpha=jnp.arange(3.0)), r"alpha has shape \(3,\); .* give sweep one method for each, or build"),
         (lambda: VCD(alpha=-(10**5000)), "alpha is a very long int; expected a number >= 0"),
         (lambda: SEVI(start_layer="low"), "SEVI: start_layer is 'low'; expected a whole number or a number with a"),
         (lambda: SEVI(start_layer=True), "SEVI: start_layer is True; expected a whole number"),

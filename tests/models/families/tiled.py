@@ -74,7 +74,7 @@ class LlavaNext(Tiled):
         (lambda a: {"image_sizes": np.array([[10, 26], [1, 9999]])}, "9999 x 1 pixels is too narrow"),
         (lambda a: {"pixel_values": np.zeros((2, 3, 8, 8))}, r"\(2, 3, 8, 8\); expected \[images, tiles, 3, 8, 8\]"),
         (lambda a: {"pixel_values": np.zeros((2, 2, 3, 8, 8))}, "has 2 tiles and its image_sizes call for 4"),
-        (lambda a: {name: a[name][:, :-40] for name in ("input_ids", "attention_mask")}, "was it truncated"),
+        (lambda a: {name: a[name][:, :-40] for name in ("input_ids", "attention_mask")}, "do not truncate"),
     ]
 
     def processor(self):
