@@ -41,11 +41,11 @@ SHORT_QUERY = 64  # rows of a query whose map is small compared with the keys an
 )
 @dataclasses.dataclass(frozen=True)
 class LayerEdits:
-    """The edits of one layer, and the tap on it.
+    """The transforms that edit one layer, and the request for its attention weights.
 
     Attributes:
-        transforms: one (or None) per branch.
-        carries: one per branch.
+        transforms: the transform of each branch, or None if nothing edits the branch.
+        carries: the carry of each branch, from the layer before.
         layer, num_layers: index of this layer, from 0; number of layers.
         tap: which attention weights to return.
         exit_logits, project: as in `Stream` and `Site`.
@@ -84,7 +84,7 @@ def attend(
     window: int | None = None,
     whole_images: bool = False,
 ) -> tuple[tuple[Float[Array, "B H T D"], ...], tuple, Float[Array, "N B G R S"] | None]:
-    """Attention of one layer for every branch.
+    """Computes the attention of one layer for every branch.
 
     Args:
         queries: per branch, rotated to the ordinary positions.

@@ -239,8 +239,8 @@ def _active_members(transform: Transform, layer: int, num_layers: int, phase: st
 def splits_by_rows(transform: Transform, layer: int, num_layers: int, phase: str) -> bool:
     """Whether a transform may get a few rows at a time in a layer; see `Transform.by_rows`.
 
-    True of a chain whose members use the same rows, if at most one of them has statistics and none before it edits
-    weights.
+    A chain may if its members use the same rows, at most one member has statistics, and no member before that one
+    edits weights.
     """
     members = _active_members(transform, layer, num_layers, phase)
     counting = [index for index, member in enumerate(members) if overrides(member, "statistics")]

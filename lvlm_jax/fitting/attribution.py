@@ -111,7 +111,7 @@ def adhh_confirm(model: LVLM, pairs: Sequence[Pair], collected: Mapping[str, np.
 
 
 def adhh_finish(collected: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Mean scores by gradient and by ablation, which heads were ablated, and which are listed.
+    """Mean scores by gradient and by ablation, the heads that were ablated, and the heads that are listed.
 
     The list has the same proportion of heads as that of AD-HH's authors, and only heads that favour the bad answer by
     ablation.

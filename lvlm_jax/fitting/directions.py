@@ -34,7 +34,7 @@ def _states(
 
 
 def differences(model: LVLM, pairs: Sequence[Pair], mean: bool) -> Float[np.ndarray, "B L E"]:
-    """Hidden states of good answers minus those of bad ones."""
+    """The hidden states of good answers minus the hidden states of bad answers."""
     states = []
     for side in ("good", "bad"):
         sequences = forced(model, pairs, side)

@@ -66,7 +66,7 @@ def forced(model: LVLM, pairs: Sequence[Pair], side: str) -> ForcedBatch:
 
 
 def producing(forced: ForcedBatch) -> Bool[np.ndarray, "B T"]:
-    """The rows that produce the answer's tokens: each is one column before its token."""
+    """The rows that predict the answer's tokens; the row for a token is one column before the token."""
     return np.pad(forced.answer[:, 1:], ((0, 0), (0, 1)))
 
 

@@ -73,7 +73,7 @@ class Job:
 
 
 def fit(model: LVLM, job: Job) -> Fitted:
-    """Fits what a method needs and writes it; resumes if it was stopped.
+    """Fits the data that a method needs and writes them; resumes a fit that was stopped.
 
     Raises:
         LVLMError: an unknown method, unusable pairs, a model that does not come from a folder, or partial results of

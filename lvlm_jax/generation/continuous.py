@@ -34,7 +34,7 @@ from lvlm_jax.processors.layout import PROMPT_BUCKET, bucket
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """B rows, each with a running answer, a finished one, or none yet.
+    """B rows; each has a running answer, a finished answer, or no answer yet.
 
     Attributes:
         state: caches and tracks; every token of a row except its newest has been run.
@@ -354,7 +354,7 @@ def _shared_columns(cache: LayerCache) -> int:
 
 
 def _prompts(prompt: tuple[int, ...], cache: LayerCache) -> tuple[int, ...]:
-    """Number of prompt columns of each branch; branches have one track together, or one each."""
+    """Number of prompt columns of each branch; the branches share one track, or each has its own."""
     return prompt if len(prompt) == len(cache.own) else prompt * len(cache.own)
 
 

@@ -82,7 +82,7 @@ def _entry(question: Question, answer: Answer, model_id: str, method: dict | Non
 
 
 def answerer(model: Any, **options: Any) -> Answerer:
-    """Makes an `Answerer` of an `LVLM`; `options` are those of its `generate`."""
+    """Makes an `Answerer` from an `LVLM`; `options` are options of the model's `generate`."""
 
     def answer(conversations: list[list[dict]], seeds: list[int]) -> list[Answer]:
         return _answers(model.generate(conversations, seed=seeds, **options))

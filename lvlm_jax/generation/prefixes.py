@@ -28,11 +28,11 @@ from lvlm_jax.processors.layout import Inputs
 
 
 class Beginnings(NamedTuple):
-    """Columns of U beginnings.
+    """The cached keys and values of U beginnings of prompts.
 
     Attributes:
         caches: keys and values of every layer, `Float[U, K, S, D]`.
-        first: the column of the first token of each, `Int[U]`.
+        first: the column of the first token of each beginning, `Int[U]`.
     """
 
     caches: tuple[LayerCache, ...]
@@ -168,7 +168,7 @@ def _first(inputs: Inputs) -> Int[np.ndarray, "B"]:
 
 
 def _ends(inputs: Inputs, before: int) -> Int[np.ndarray, "B"]:
-    """The column after the last image of each prompt, or `before` without one."""
+    """The column after the last image of each prompt; `before` for a prompt without images."""
     in_image = inputs.image_id > 0
     return np.where(in_image.any(axis=1), inputs.image_id.shape[1] - in_image[:, ::-1].argmax(axis=1), before)
 

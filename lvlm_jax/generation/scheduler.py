@@ -39,7 +39,7 @@ Request = tuple[Conversation, int]  # a conversation with its random seed
 
 
 def obstacle(method: Method | None, mesh: jax.sharding.Mesh | None) -> str | None:
-    """Why rows cannot be replaced one by one; None if they can."""
+    """Returns the reason why rows cannot be replaced one by one; None if they can be replaced."""
     if mesh is not None and mesh.is_multi_process:
         return "no process sees all rows of a batch that is spread over processes"
     if method is None:

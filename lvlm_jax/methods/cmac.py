@@ -183,7 +183,7 @@ class ValueMask(Transform):
 
 
 class ScalarValueMask(Transform):
-    """IMD as coded by the authors: masked values become one number per head, their mean over channels too."""
+    """IMD as coded by the authors: masked values become one number per head, a mean over image tokens and channels."""
 
     by_rows: ClassVar[bool] = True
 

@@ -95,7 +95,7 @@ class ONLY(Method):
 def drop_high_weights(
     row: Float[Array, "B H S"], group: Bool[Array, "B S"]
 ) -> tuple[Bool[Array, "B H S"], Float[Array, "B H"]]:
-    """Which weights stay (all those outside the group do), and the entropy of those that stay in the group."""
+    """Returns which weights stay (all outside the group do), and the entropy of the remaining weights of the group."""
     inside = group[:, None]
     count = inside.sum(axis=-1, keepdims=True)
     mean = jnp.where(inside, row, 0).sum(axis=-1, keepdims=True) / jnp.maximum(count, 1)

@@ -138,7 +138,7 @@ class OPERA(Method):
         return jax.lax.dynamic_update_index_in_dim(columns, modes, newest, axis=1)
 
     def recurring(self, columns: Int[np.ndarray, "N T"], alive: Bool[np.ndarray, "N"]) -> int | None:
-        """s, if it recurs often enough in every beam that counts; else None. Runs on the host.
+        """Returns s if s recurs often enough in every beam that counts; otherwise None. Runs on the host.
 
         Args:
             columns: the result of `noted` for every token so far.

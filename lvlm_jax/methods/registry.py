@@ -162,7 +162,7 @@ def known() -> set[str]:
 
 
 def names() -> list[str]:
-    """All names of methods, sorted, with those of other packages; without those that cannot be imported."""
+    """All names of methods, sorted, including methods of other packages; omits methods that cannot be imported."""
     for name, point in _entry_points().items():
         if name not in _BROKEN:
             try:

@@ -18,7 +18,7 @@ from lvlm_jax.models.pictures import Arrays, Pictures, whole_pictures
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(FamilyConfig):
-    """A decoder alone. The image placeholder is outside its vocabulary, so no prompt has one."""
+    """A decoder without a vision tower. The image placeholder is outside the vocabulary, so no prompt contains it."""
 
     vision: None = None
     model_type: str = "llama"

@@ -127,7 +127,7 @@ class LoosePatchConfig(FamilyConfig):
         return grid_map(pictures, image)
 
     def shown(self, pictures: Pictures, picture: Callable[[int, int], np.ndarray]) -> Float[np.ndarray, "R P C"]:
-        """The pixels with one other image in place of every image; `picture` returns it for a height and a width."""
+        """Replaces every image in the pixels; `picture` returns the replacement for a height and a width."""
         return patches_of(picture, self.vision, pictures.geometry)
 
     def altered(

@@ -83,7 +83,7 @@ def start(join: bool | None = None) -> bool:
 
 
 def several() -> bool:
-    """Whether the environment says that this process is one of several, without contacting any."""
+    """Whether the environment says that this process is one of several; contacts no other process."""
     environment = os.environ
     return (
         "JAX_COORDINATOR_ADDRESS" in environment
@@ -108,7 +108,7 @@ def lost(error: BaseException | None) -> bool:
 
 
 def account_for(error: Exception) -> int:
-    """Reports an exception that ends this process, one of several; returns the exit code.
+    """In a run of several processes, reports an exception that ends this process; returns the exit code.
 
     A broken connection does not say which process died. JAX does, a little later, when it ends this process itself.
     """

@@ -77,7 +77,7 @@ def label(target: str) -> str:
 
 
 def absent_devices(name: str, count: int = 8) -> list[jax.Device]:
-    """Absent devices to compile for: those of one v5e slice, or H200s of machines of eight.
+    """Devices to compile for without having them: those of one v5e slice, or of machines with eight H200s each.
 
     Raises:
         LVLMError: the compiler is not installed, or knows no group of this number of devices.

@@ -6,7 +6,7 @@ device computes, moves and receives; the device's ceilings turn these into times
 
     memory of a program  =  parameters + cache + inputs and results + temporaries              (inference)
                             parameters + optimizer + copy + batch + temporaries                (training)
-    memory of the job    =  that of its largest program; programs run one after the other
+    memory of the job    =  memory of its largest program; programs run one after the other
 
     time of a program    =  max(bytes moved / bandwidth, FLOPs / peak) + bytes received / link
 

@@ -58,7 +58,7 @@ def _summed(one: Instruction, instructions: list[Instruction], computations: Com
 
 
 def _of_attention(one: Instruction, types: Mapping[str, str]) -> float:
-    """FLOPs of cuDNN's attention or of splash attention, by the operands; 0 if the operation is another one."""
+    """FLOPs of cuDNN's attention or of splash attention, from the operands' shapes; 0 for any other operation."""
     if one.operation != "custom-call":
         return 0
     if splash := _SPLASH.match(one.name):  # its text does not give the mask; we assume a causal one

@@ -29,10 +29,10 @@ LEAST_MEMORY = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One program on one of its devices.
+    """What one program stores, computes, moves and receives on one of its devices.
 
     Attributes:
-        name: its name.
+        name: name of the program.
         contents: bytes in memory while it runs, by kind, without temporaries.
         orders: bytes of temporaries, for each order of operations.
         flops: FLOPs of its products.

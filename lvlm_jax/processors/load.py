@@ -75,7 +75,7 @@ def from_transformers(folder: Path, config: FamilyConfig) -> Any:
 
 
 def _use_pillow(processor: Any, folder: Path) -> None:
-    """Replaces an image processor that uses torchvision, whose pixels differ by one grey level.
+    """Replaces an image processor that uses torchvision, because torchvision's pixels differ by one grey level.
 
     transformers prefers torchvision if it is installed, so the same model would get other pixels there.
 
