@@ -83,7 +83,7 @@ class Prefill:
         options: Mapping[str, Any],
         before: Iterator[tuple[LayerCache, ...] | None] | None = None,
     ):
-        """Nothing is run yet.
+        """Prepares the prefill; runs nothing yet.
 
         Args:
             main, method, contrast, options: as `forward.prefill` takes them.

@@ -153,7 +153,7 @@ class Scheduler:
         batch_size: int,
         host: Host = ALONE,
     ):
-        """Computes nothing yet.
+        """Prepares the scheduler; computes nothing yet.
 
         Args:
             prepare: lays out conversations; raises `LVLMError` for those that are malformed or too long.

@@ -115,7 +115,7 @@ def _single_rows(rows: Int[np.ndarray, "*N"]) -> tuple[Int[np.ndarray, "*N 4"], 
 
 
 def _is_single(parts: Sequence[Arrays], images: int) -> np.ndarray:
-    """Whether each image is the only one of its prompt."""
+    """For each image, whether its prompt has no other image."""
     together = concatenate(parts, "batch_num_images")
     if together is None:
         return np.ones(images, bool)

@@ -67,7 +67,7 @@ class Qwen3VlConfig(LoosePatchConfig):
         )
 
     def with_geometry(self, pictures: Pictures) -> Pictures:
-        """The same, with each patch's place in the tower's table of positions."""
+        """The same pictures, with each patch's place in the tower's table of positions."""
         side = math.isqrt(self.position_count)
         return with_positions(pictures, self.vision.merge, side, corner_aligned, linear_taps)
 

@@ -47,7 +47,7 @@ _beside: tuple[subprocess.Popen, int] | None = None  # the program `last_words`,
 
 
 def start(join: bool | None = None) -> bool:
-    """Joins the processes. Call it once, before anything uses a device.
+    """Joins the other processes of the run. Call it once, before anything uses a device.
 
     If a process cannot be reached or dies later, JAX ends this process with code `LOST`. From here on, standard error
     passes through a program beside this one (`last_words`).

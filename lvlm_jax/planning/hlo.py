@@ -41,7 +41,7 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> list[str]:
-        """Computations that it runs."""
+        """The computations that the instruction runs."""
         if self.operation in ("async-update", "async-done"):  # their async-start has already run it
             return []
         branches = ",".join(_BRANCHES.findall(self.rest)).split(",")
@@ -55,7 +55,7 @@ class Instruction(NamedTuple):
 
 
 def of(compiled: Any) -> tuple[Computations, str]:
-    """`computations` of the module of a `jax.stages.Compiled`."""
+    """Applies `computations` to the module of a `jax.stages.Compiled`."""
     (module,) = compiled.runtime_executable().hlo_modules()
     return computations(module)
 

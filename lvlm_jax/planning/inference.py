@@ -216,7 +216,7 @@ def _shape(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def _spread(batch: Any, mesh: Mesh) -> Any:
-    """Shards as `parallel.spread` would."""
+    """Shards a batch as `parallel.spread` would shard it."""
     shards, place = mesh.shape["data"] * mesh.shape["fsdp"], parallel.batch_sharding(mesh)
 
     def shape(leaf: Any) -> jax.ShapeDtypeStruct:

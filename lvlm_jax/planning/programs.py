@@ -51,7 +51,7 @@ class Program:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Bytes in memory by content, in the order that takes least."""
+        """Bytes in memory by content, under the order of operations that takes the least memory."""
         return {**self.contents, "temporaries": min(self.orders)}
 
     @property

@@ -143,7 +143,7 @@ def _speed(plan: Plan, device: Device) -> list[str]:
 
 
 def _gib(size: float) -> str:
-    """Three digits, or whole numbers from 100 on."""
+    """Writes bytes as GiB with three digits, or as a whole number from 100 on."""
     gib = size / GIB
     return f"{gib:.0f}" if gib >= 100 else f"{gib:.3g}"
 

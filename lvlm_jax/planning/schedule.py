@@ -155,7 +155,7 @@ class _Order:
         }
 
     def _pending(self, name: str, done: set[str]) -> list[str]:
-        """Lazy operations that it depends on and that have not run yet, in order."""
+        """Lazy operations that an operation depends on and that have not run yet, in order."""
         return [one for one in self._before[name] if one not in done]
 
     def _takes(self, name: str) -> int:

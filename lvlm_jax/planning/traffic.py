@@ -45,7 +45,7 @@ def _is_product(one: Instruction) -> bool:
 
 
 def _writes_columns(one: Instruction) -> bool:
-    """Whether it writes columns of a cache where the cache lies, as CPUs do."""
+    """Whether the operation writes columns of a cache in place, as CPUs do."""
     return one.operation == "custom-call" and f'custom_call_target="{COLUMNS}"' in one.rest
 
 

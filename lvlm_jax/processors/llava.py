@@ -12,7 +12,7 @@ from lvlm_jax.processors import load as common
 
 
 def load(folder: Path, config: FamilyConfig) -> Any:
-    """The checkpoint's processor with padding if the configuration says so; None leaves it to transformers."""
+    """Returns the checkpoint's processor with padding; None if the configuration does not ask for padding."""
     if config.hf.get("image_aspect_ratio") != "pad":
         return None
     # Imported here: the import is slow and not needed for a model without images.

@@ -75,7 +75,7 @@ def read_configuration(folder: Path) -> dict:
     """Reads the `config.json` of a checkpoint folder.
 
     Raises:
-        LVLMError: it is missing, is not JSON, or is not an object.
+        LVLMError: the file is missing, is not JSON, or is not an object.
     """
     path = folder / "config.json"
     if not path.exists():

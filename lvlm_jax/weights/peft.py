@@ -207,7 +207,7 @@ class Adapted:
 
 
 def _modules(table: Table, paths: Iterable[str], scheme: str) -> dict[str, Adapted]:
-    """The torch modules of our projections, by name; a parameter that is not a module's weight has none."""
+    """The torch modules of the projections at `paths`, by name; omits parameters that are not a module's weight."""
     pieces: dict[str, dict[str, Piece | None]] = {}
     for path in paths:
         row, name = table.row(f"{path}/kernel", scheme)[0], table.name(f"{path}/kernel", scheme)
