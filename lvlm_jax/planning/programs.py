@@ -29,7 +29,7 @@ LEAST_MEMORY = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one program stores, computes, moves and receives on one of its devices.
+    """The memory, the work and the messages of one program on one of its devices.
 
     Attributes:
         name: name of the program.
