@@ -1,7 +1,7 @@
 """Memory of programs according to the compilers of TPUs and GPUs, without such devices.
 
     python tools/bench_compilers.py --compiler cuda --lengths 624,4096 --methods none,capl --batches 1,8
-    python tools/bench_compilers.py --compiler tpu --program update --mesh 1,8,1 --layers 32 --batches 8 --lengths 4096
+    python tools/bench_compilers.py --compiler tpu --program update --mesh 1,1,8 --lengths 4096
     python tools/bench_compilers.py --compiler tpu --program decode --model qwen2-7b --mesh 2,1,4 --batches 1,2
     python tools/bench_compilers.py --compiler tpu --program tower
 

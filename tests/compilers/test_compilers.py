@@ -51,7 +51,7 @@ def test_the_memory_of_an_update_grows_with_its_length(compiler):
 )
 def test_the_memory_of_a_tower_with_windows(compiler, pictures, most, request):
     if compiler == "tpu" and len(pictures) == 1:
-        request.applymarker(pytest.mark.xfail(reason="2.70 GiB by libtpu 0.0.42.1"))
+        request.applymarker(pytest.mark.xfail(strict=True, reason="2.70 GiB by libtpu 0.0.42.1"))
     config = models.config_from_hf(bench_compilers.TOWER)
     assert bench_compilers.temporary(bench_compilers.tower(compiler, config, pictures)) < most
 

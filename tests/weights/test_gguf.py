@@ -156,7 +156,7 @@ def test_smollm2_in_the_decoder_of_smolvlm(tmp_path):
     """Test tool: a SmolVLM with a random tower, around the real language model, asked in English.
 
     Hidden states reach 25,000, so float32 itself costs 1e-4 of a logit. transformers in float64 says what is right;
-    transformers in float32 is up to 6.7e-4 away from it (24 prompts like these), and ours may not be farther than 1e-4.
+    transformers in float32 is up to 6.7e-4 away from it (18 prompts like these), and ours may not be farther than 1e-4.
     """
     file = GgufFile(smollm2())
     text = file.hf_config() | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
