@@ -22,10 +22,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.attention.cache import Block, LayerCache
 from lvlm_jax.attention.context import Context
+from lvlm_jax.attention.lazy_mask import LazyMask
 from lvlm_jax.attention.rotary import Rotation, rotate
 from lvlm_jax.attention.stream import streaming_attention
 from lvlm_jax.attention.tap import Tap
-from lvlm_jax.attention.transform import Site, Transform, overrides, rows_in, splits_by_rows
+from lvlm_jax.attention.transform import Site, Transform, mixes, overrides, rows_in, splits_by_rows
 from lvlm_jax.native import each_rows_dot
 
 LARGEST_MAP = 2**26  # elements [B, H, R, S] of one map if the rows can be split, 256 MiB in float32
@@ -129,6 +130,10 @@ def _streamed_branch(
     """Attention of one branch: plain rows are streamed, explicit rows are computed all at once or a few at a time.
     Returns outputs, carry and tapped weights."""
     transform, total = edits.at(0, context.phase), query.shape[2]
+    if transform is not None and shift is None and not edits.tapped:
+        lazy_mask = context.lazy_mask(window, whole_images)
+        if mixed := _mixture(transform, query, columns.own[0], lazy_mask, context, edits):
+            return sum(mixed).astype(query.dtype), edits.carries[0], None
     explicit = 0
     if transform is not None:
         rows = rows_in(transform, edits.layer, edits.num_layers, context.phase)
@@ -156,6 +161,21 @@ def _streamed_branch(
         parts.append(mixed.astype(parts[0].dtype if parts else mixed.dtype))
         tapped = edits.tap.select(weights) if edits.tapped else None
     return jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0], carry, tapped
+
+
+def _mixture(
+    transform: Transform,
+    query: Float[Array, "B H T D"],
+    block: Block,
+    lazy_mask: LazyMask,
+    context: Context,
+    edits: LayerEdits,
+) -> list[Float[Array, "B H T D"]]:
+    """The weighted attentions whose sum is that of `Transform.mixture`; empty if it does not apply."""
+    if not mixes(transform) or rows_in(transform, edits.layer, edits.num_layers, context.phase) != "all":
+        return []
+    pairs = transform.mixture(edits.layer, edits.num_layers, context, edits.carries[0], lazy_mask)
+    return [weight * streaming_attention(query, block.key, block.value, mask) for weight, mask in pairs or ()]
 
 
 def _row_blocks(

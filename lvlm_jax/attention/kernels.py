@@ -25,7 +25,8 @@ Kernel = Callable[[jax.Array, jax.Array, jax.Array, LazyMask], jax.Array]
 def usable(query: Float[Array, "B H T D"], key: Float[Array, "B K S D"], lazy_mask: LazyMask) -> dict[str, Kernel]:
     """The kernels that can compute `streaming_attention` of these operands, by platform."""
     kernels: dict[str, Kernel] = {}
-    if query.shape[2] != key.shape[2] or lazy_mask.run is not None or lazy_mask.answer is not None:
+    further = (lazy_mask.run, lazy_mask.answer, lazy_mask.picture, lazy_mask.group)
+    if query.shape[2] != key.shape[2] or any(array is not None for array in further):
         return kernels
     if query.dtype in HALVES and _cudnn_supports(query.shape, key.shape, query.dtype):
         kernels["cuda"] = cudnn

@@ -6,16 +6,18 @@ Besides its result, the forward pass keeps one number per row: the logarithm of 
 pass recomputes each block's weights from it. So memory grows with T, and the program is two nested loops whatever T is.
 A block in which no row sees a column is skipped.
 
-The block size, and whether a kernel replaces the loops (`kernels`), depend on the platform that a program is lowered
-for.
+The block size, and whether a kernel replaces the loops (`kernels`, and on a single CPU device `native`), depend on the
+platform that a program is lowered for.
 """
 
+import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lvlm_jax import native
 from lvlm_jax.attention import kernels, rounds
 from lvlm_jax.attention.lazy_mask import LazyMask
 
@@ -49,15 +51,30 @@ def _streaming_attention(query, key, value, lazy_mask):
 
 
 def _forward(query, key, value, lazy_mask) -> tuple[Float[Array, "B H T D"], tuple]:
-    mixed, sums = _for_platform(_blocks, query.shape[2], query, key, value, lazy_mask)
+    with _named(lazy_mask):
+        mixed, sums = native.attention(_by_blocks, query, key, value, lazy_mask)
     return mixed, (query, key, value, lazy_mask, mixed, sums)
 
 
 def _backward(residuals: tuple, cotangent: Float[Array, "B H T D"]) -> tuple:
-    return *_for_platform(_block_gradients, cotangent.shape[2], cotangent, *residuals), None
+    with _named(residuals[3]):
+        return *native.attention_gradient(_gradients_by_blocks, cotangent, *residuals), None
 
 
 _streaming_attention.defvjp(_forward, _backward)
+
+
+def _named(lazy_mask: LazyMask) -> contextlib.AbstractContextManager:
+    """Names the operations of a native call by the average number of column blocks per row, for `planning`."""
+    return rounds.name_scope(lazy_mask.average_span(CPU_BLOCK))
+
+
+def _by_blocks(query, key, value, lazy_mask) -> tuple[Float[Array, "B H T D"], Float[Array, "B H T 1"]]:
+    return _for_platform(_blocks, query.shape[2], query, key, value, lazy_mask)
+
+
+def _gradients_by_blocks(d_result, *residuals) -> tuple:
+    return _for_platform(_block_gradients, d_result.shape[2], d_result, *residuals)
 
 
 def _for_platform(function, rows: int, *arguments):

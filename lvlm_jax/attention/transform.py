@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lvlm_jax.attention.context import Context
+from lvlm_jax.attention.lazy_mask import LazyMask
 from lvlm_jax.errors import LVLMError
 
 ROWS = ("all", "post_image", "last")
@@ -168,6 +169,20 @@ class Transform:
         """The carry for the next layer, given this layer's edited logits and unedited weights."""
         return site.carry
 
+    def mixture(
+        self, layer: int, num_layers: int, context: Context, carry: Any, mask: LazyMask
+    ) -> tuple[tuple[Any, LazyMask], ...] | None:
+        """A layer's attention as a sum of plain attentions under other masks, if it is one: pairs of weight and mask.
+
+        With `rows = "all"`, a long sequence is then computed without its map, and the stages do not run: they must say
+        the same. A weight is broadcast to the output [B, H, T, D]. If a subclass overrides stages, its own apply.
+
+        Args:
+            context: of all rows of the call.
+            mask: which columns each row sees without this transform.
+        """
+        return None
+
     def statistics(self, site: Site, weights: Float[Array, "B H R S"]) -> Any:
         """A pytree of sums over the rows, given the edited logits and the unedited weights."""
         return None
@@ -223,6 +238,14 @@ def check_definition(cls: type[Transform]) -> None:
 def overrides(transform: Transform, stage: str) -> bool:
     """Whether a transform, or any member of a chain, overrides a stage of the base class."""
     return any(getattr(type(part), stage) is not getattr(Transform, stage) for part in transform.parts)
+
+
+def mixes(transform: Transform) -> bool:
+    """Whether `Transform.mixture` speaks for a transform: no subclass of the class that defines it has other stages."""
+    defined = {}
+    for cls in reversed(type(transform).__mro__):
+        defined |= dict.fromkeys(vars(cls), cls)
+    return all(issubclass(defined["mixture"], defined[stage]) for stage in ATTENTION_STAGES)
 
 
 def rows_in(transform: Transform, layer: int, num_layers: int, phase: str) -> str:

@@ -101,6 +101,14 @@ class CAPL(Method):
         logits = jnp.where(visible[:, None], site.logits, jnp.finfo(jnp.float32).min)
         return (1 - self.sigma) * weights + self.sigma * jax.nn.softmax(logits, axis=-1)
 
+    def mixture(self, layer, num_layers, context, carry, mask):
+        images = jnp.maximum(context.image_id, 0)
+        if self.mode == "cross":
+            return (1 - self.sigma, mask), (self.sigma, mask.crossing(jnp.where(carry, images, 0)))
+        if self.variant == "code-qwen":
+            return None
+        return ((1.0, mask.of_pictures(images, jnp.take(images, mask.row, axis=1))),)
+
 
 def tiles(image_id: Int[Array, "B S"], image_count: int, tokens: int) -> Int[Array, "B S"]:
     """Like `image_id`, but numbers the tiles of `tokens` tokens in each sample instead of its images."""

@@ -28,9 +28,13 @@ TARGET = "lvlm_jax_few_rows"
 EACH = "lvlm_jax_each_rows"
 COLUMNS = "lvlm_jax_write_columns"
 TILES = "lvlm_jax_many_rows"
+ATTENTION = "lvlm_jax_attention"
+ATTENTION_GRADIENT = "lvlm_jax_attention_gradient"
 
 _SOURCE = pathlib.Path(__file__).with_name("few_rows.cc")
-_HEADERS = tuple(_SOURCE.with_name(name) for name in ("for_each.h", "lanes.h", "many_rows.h", "some_rows.h"))
+_HEADERS = tuple(
+    _SOURCE.with_name(name) for name in ("attention.h", "for_each.h", "lanes.h", "many_rows.h", "some_rows.h")
+)
 _OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 _SECONDS = 120  # a compiler that takes longer is stuck
 
@@ -44,6 +48,8 @@ def available() -> bool:
     jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(lib.few_rows), platform="cpu")
     jax.ffi.register_ffi_target(EACH, jax.ffi.pycapsule(lib.each_rows), platform="cpu")
     jax.ffi.register_ffi_target(COLUMNS, jax.ffi.pycapsule(lib.write_columns), platform="cpu")
+    jax.ffi.register_ffi_target(ATTENTION, jax.ffi.pycapsule(lib.attention), platform="cpu")
+    jax.ffi.register_ffi_target(ATTENTION_GRADIENT, jax.ffi.pycapsule(lib.attention_gradient), platform="cpu")
     return True
 
 

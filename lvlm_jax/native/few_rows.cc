@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "attention.h"
 #include "for_each.h"
 #include "lanes.h"
 #include "many_rows.h"
@@ -262,7 +263,112 @@ ffi::Error WriteColumns(ffi::AnyBuffer array, ffi::AnyBuffer columns, ffi::AnyBu
   return ffi::Error::Success();
 }
 
+using Map = ffi::Buffer<ffi::F32, 4>;      // [B, heads, rows, channels]
+using Numbers = ffi::Buffer<ffi::S32, 2>;  // [B, rows]
+
+// Fills in the sizes and arrays that both passes share; returns an error if the sizes do not agree.
+ffi::Error Operands(Map query, Map key, Map value, Numbers begin, Numbers end, Numbers row_label, Numbers row_picture,
+                    Numbers row_group, Numbers label, Numbers group, AttentionForward& job) {
+  const auto q = query.dimensions(), k = key.dimensions();
+  job.of = {q[0], q[1], k[1], q[2], k[2], q[3]};
+  const auto is = [](auto dimensions, std::initializer_list<int64_t> sizes) {
+    return std::equal(dimensions.begin(), dimensions.end(), sizes.begin(), sizes.end());
+  };
+  const AttentionSizes& of = job.of;
+  bool agree = of.key_heads && of.heads % of.key_heads == 0;
+  for (const auto& shape : {k, value.dimensions()}) agree &= is(shape, {of.samples, of.key_heads, of.columns, of.channels});
+  for (Numbers rows : {begin, end, row_label, row_picture, row_group}) agree &= is(rows.dimensions(), {of.samples, of.rows});
+  for (Numbers columns : {label, group}) agree &= is(columns.dimensions(), {of.samples, of.columns});
+  if (!agree)
+    return ffi::Error::InvalidArgument("attention: the sizes of queries, keys, values and masks do not agree");
+  job.query = query.typed_data();
+  job.key = key.typed_data();
+  job.value = value.typed_data();
+  job.visible = {begin.typed_data(),     end.typed_data(),   row_label.typed_data(), row_picture.typed_data(),
+                 row_group.typed_data(), label.typed_data(), group.typed_data(),     0, 0};
+  return ffi::Error::Success();
+}
+
+ffi::Error Attention(ffi::ThreadPool pool, Map query, Map key, Map value, Numbers begin, Numbers end, Numbers row_label,
+                     Numbers row_picture, Numbers row_group, Numbers label, Numbers group, ffi::Result<Map> mixed,
+                     ffi::Result<Map> sums) {
+  AttentionForward job;
+  if (ffi::Error error =
+          Operands(query, key, value, begin, end, row_label, row_picture, row_group, label, group, job);
+      error.failure())
+    return error;
+  if (mixed->element_count() != query.element_count() || sums->element_count() * job.of.channels != query.element_count())
+    return ffi::Error::InvalidArgument("attention: the sizes of queries and result do not agree");
+  job.mixed = mixed->typed_data();
+  job.sums = sums->typed_data();
+  Attend(pool, job);
+  return ffi::Error::Success();
+}
+
+ffi::Error AttentionGradients(ffi::ThreadPool pool, Map result, Map level, Map query, Map key, Map value, Map sums,
+                              Numbers begin, Numbers end, Numbers row_label, Numbers row_picture, Numbers row_group,
+                              Numbers label, Numbers group, ffi::Result<Map> d_query, ffi::Result<Map> d_key,
+                              ffi::Result<Map> d_value) {
+  AttentionGradient job;
+  AttentionForward& forward = job.forward;
+  if (ffi::Error error =
+          Operands(query, key, value, begin, end, row_label, row_picture, row_group, label, group, forward);
+      error.failure())
+    return error;
+  const AttentionSizes& of = forward.of;
+  const auto rows = static_cast<size_t>(of.samples * of.heads * of.rows);
+  const auto columns = static_cast<size_t>(of.samples * of.heads * of.columns * of.channels);
+  if (result.element_count() != rows * of.channels || level.element_count() != rows || sums.element_count() != rows ||
+      d_query->element_count() != rows * of.channels || d_key->element_count() != columns ||
+      d_value->element_count() != columns)
+    return ffi::Error::InvalidArgument("attention_gradient: the sizes of operands and results do not agree");
+  forward.sums = sums.typed_data();
+  job.result = result.typed_data();
+  job.level = level.typed_data();
+  job.query = d_query->typed_data();
+  job.key = d_key->typed_data();
+  job.value = d_value->typed_data();
+  ForEach(pool, of.samples * of.heads, [&](int64_t head) { job.Run(head / of.heads, head % of.heads); });
+  return ffi::Error::Success();
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attention, Attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Map>()
+                                  .Arg<Map>()
+                                  .Arg<Map>()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .Ret<Map>()
+                                  .Ret<Map>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_gradient, AttentionGradients,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Map>()
+                                  .Arg<Map>()
+                                  .Arg<Map>()
+                                  .Arg<Map>()
+                                  .Arg<Map>()
+                                  .Arg<Map>()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .Arg<Numbers>()
+                                  .Ret<Map>()
+                                  .Ret<Map>()
+                                  .Ret<Map>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(write_columns, WriteColumns,
                               ffi::Ffi::Bind()

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from lvlm_jax.native.build import TARGET, TILES
+from lvlm_jax.attention import rounds
+from lvlm_jax.attention.stream import CPU_BLOCK
+from lvlm_jax.native.build import ATTENTION, ATTENTION_GRADIENT, TARGET, TILES
 from lvlm_jax.planning import hlo
 from lvlm_jax.planning.hlo import Computations, Instruction, dimensions
 
@@ -22,6 +24,7 @@ _OF_CUDNN = 'custom_call_target="__cudnn$conv'
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 _WINDOW_OF = re.compile(r"window=\{(.*?)\}")
 _SPLASH = re.compile(r"splash_mha_(fwd|dkv|dq)")
+_NATIVE = re.compile(f'custom_call_target="({ATTENTION}|{ATTENTION_GRADIENT})"')
 _ATTENTION = re.compile(r'custom_call_target="__cudnn\$fmha\w*?(Backward)?"')
 _WINDOW = re.compile(r'"sliding_window_length":"?([1-9]\d*)')
 
@@ -58,9 +61,13 @@ def _summed(one: Instruction, instructions: list[Instruction], computations: Com
 
 
 def _of_attention(one: Instruction, types: Mapping[str, str]) -> float:
-    """FLOPs of cuDNN's attention or of splash attention, from the operands' shapes; 0 for any other operation."""
+    """FLOPs of attention by our kernel, cuDNN's or splash attention, from the operands' shapes; 0 for any other
+    operation."""
     if one.operation != "custom-call":
         return 0
+    if ours := _NATIVE.search(one.rest):
+        query = dimensions(types[one.operands[0]])
+        return (4.0 if ours[1] == ATTENTION else 10.0) * math.prod(query) * (rounds.read(one.rest) or 0) * CPU_BLOCK
     if splash := _SPLASH.match(one.name):  # its text does not give the mask; we assume a causal one
         query = next(shape for name in one.operands if len(shape := dimensions(types[name])) > 2 and shape[-1] > 2)
         return {"fwd": 2.0, "dkv": 4.0, "dq": 3.0}[splash[1]] * math.prod(query) * query[-2]

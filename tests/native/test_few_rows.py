@@ -320,7 +320,7 @@ def test_nothing_is_read_or_written_outside_and_nothing_races(sanitizer, process
     folders = [f"-I{here / 'ffi'}", f"-I{pathlib.Path(build.__file__).parent}"]
     command = [build.compiler(), *options, processor, *folders, str(here / "sanitized.cc"), "-o", str(program)]
     made = subprocess.run(command, capture_output=True, text=True)
-    if made.returncode and "sanitize" in made.stderr + made.stdout or "cannot find -l" in made.stderr:
+    if made.returncode and ("-fsanitize" in made.stderr or "cannot find" in made.stderr):
         pytest.skip("the compiler has no such sanitizer")
     assert made.returncode == 0, made.stderr[-2000:]
     done = subprocess.run([program], capture_output=True, text=True)

@@ -1,15 +1,17 @@
 // As much of XLA's foreign functions as few_rows.cc names, so that it is compiled with sanitizers and without JAX.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace xla::ffi {
 
-enum DataType { F32, BF16, F16, S8, F64 };
+enum DataType { F32, BF16, F16, S8, F64, S32 };
 
 // Threads that live until the pool does, each for one task.
 class ThreadPool {
@@ -36,9 +38,15 @@ struct AnyBuffer {
   DataType element_type() const { return type; }
 };
 
-template <DataType type, int rank>
+template <DataType kind, int rank>
 struct Buffer : AnyBuffer {
-  float* typed_data() const { return static_cast<float*>(data); }
+  using Number = std::conditional_t<kind == S32, int32_t, float>;
+  Number* typed_data() const { return static_cast<Number*>(data); }
+  size_t element_count() const {
+    size_t count = 1;
+    for (int64_t size : shape) count *= size;
+    return count;
+  }
 };
 
 template <class T>
@@ -49,6 +57,7 @@ struct Result {
 
 struct Error {
   std::string said;
+  bool failure() const { return !said.empty(); }
   static Error Success() { return {}; }
   static Error InvalidArgument(std::string what) { return {std::move(what)}; }
 };
