@@ -103,8 +103,8 @@ class LazyMask:
             own = self.answer[:, None, :]
             visible = visible & ((own == 0) | (own == self.row_answer[:, :, None]))
         if self.picture is not None:
-            own, seen = self.picture[:, None, :], self.row_picture[:, :, None]
-            visible = visible & ((own == 0) | (seen == 0) | (own == seen))
+            own, of_row = self.picture[:, None, :], self.row_picture[:, :, None]
+            visible = visible & ((own == 0) | (of_row == 0) | (own == of_row))
         visible = visible & self.valid[:, None, :]
         if self.group is not None:
             own, other = self.row_group[:, :, None], self.group[:, None, :]
