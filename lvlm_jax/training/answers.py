@@ -40,7 +40,7 @@ class AnsweredPrompt:
 
 
 def chosen(examples: Sequence[Pair | Conversation | Labelled], count: int) -> tuple[AnsweredPrompt, ...]:
-    """`count` of the prompts of some examples, spread evenly; all if there are fewer.
+    """At most `count` prompts of the examples, at equal distances in their order.
 
     Raises:
         LVLMError: prompts are requested in a run with several processes.
@@ -80,10 +80,10 @@ def generate_answers(
     """Greedy answers of the model in training.
 
     Args:
-        model: the base, for its configuration and processor.
-        new_tokens: length of the longest answer.
-        batch: prompts at a time.
-        method: the model's, or None.
+        model: the base model; its configuration, folder and mesh are used.
+        new_tokens: largest number of tokens of an answer.
+        batch: number of prompts that are answered together.
+        method: the method under which the model answers, or None.
         trainable, frozen: the two parts of the parameters.
     """
     current = LVLM(parts.join(trainable, frozen), model.config, model.folder, model.mesh)

@@ -1,7 +1,7 @@
 """Checkpoints of a training run: written by Orbax while training continues, each with a record of its run.
 
-The folder of a step contains `state` (sharded arrays) and `record` (JSON). It is written beside its place and then
-renamed, so it is complete or absent. Restoring places arrays as the template says, on any mesh.
+The folder of a step contains `state` (sharded arrays) and `record` (JSON). The folder is written under another name
+and then renamed, so it is complete or absent. Restoring places arrays as the template says, on any mesh.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ class Checkpoints:
     """The checkpoints of one task of a run; a context manager that waits for unfinished writes.
 
     Args:
-        folder: their folder; created if missing.
-        keep: how many of the newest to keep.
-        best: also keep the one with the lowest score.
+        folder: folder of the checkpoints; created if missing.
+        keep: number of newest checkpoints to keep.
+        best: whether to keep the checkpoint with the lowest score too.
 
     Raises:
         LVLMError: (every method) the folder cannot be written.
@@ -77,12 +77,13 @@ class Checkpoints:
         return max(self._manager.all_steps(), default=None)
 
     def save(self, step: int, state: Any, record: Mapping, score: float = math.inf) -> None:
-        """Starts writing a checkpoint; returns when `state` may be overwritten. An existing one of that step stays.
+        """Starts writing a checkpoint; returns when `state` may be overwritten. An existing checkpoint
+        of that step is not written again.
 
         Args:
             state: arrays.
             record: JSON values; `restore` returns them.
-            score: for keeping the best; lower is better.
+            score: determines the best checkpoint; lower is better.
         """
         if step in self._manager.all_steps():
             return
@@ -131,7 +132,7 @@ class Checkpoints:
                 state_and_record, reason = self._read(step, template, identity), ""
             except LVLMError:
                 raise
-            except Exception as error:  # as above; every type means that this checkpoint is unreadable
+            except Exception as error:  # of any type; each means that this checkpoint is unreadable
                 state_and_record, reason = None, _brief(error)
             if _on_all_processes(not reason):
                 for broken in unreadable:
@@ -199,8 +200,8 @@ def _brief(error: BaseException) -> str:
 
 
 def _ignore_closed_loops() -> None:
-    """Silences TensorStore's other reads after an error: Orbax closes their event loop, and each would print an
-    error."""
+    """After an error, Orbax closes the event loop of TensorStore's other reads; this silences the error that each of
+    them would print."""
     others = sys.unraisablehook
 
     def hook(event: Any) -> None:

@@ -26,8 +26,8 @@ def train(config: ConfigDict, workdir: Path) -> Path:
 
     Returns:
         The folder of the Hugging Face checkpoint with merged adapters, `export` in `workdir`. With LoRA, `adapter`
-        beside it contains the adapters alone, in PEFT's format. An objective with its own `export` returns the path
-        from that.
+        beside it contains the adapters alone, in PEFT's format. If the objective has its own `export`, the path
+        that it returns.
 
     Raises:
         LVLMError: a setting, a model or data cannot be used; see also `loop.train`.
@@ -63,7 +63,7 @@ def load(config: ConfigDict, mesh: jax.sharding.Mesh) -> LVLM:
     It has the adapter from which training continues, if there is one.
 
     Raises:
-        LVLMError: no such model or adapter, or an adapter of other settings than those of the run.
+        LVLMError: there is no such model or adapter, or the adapter's settings differ from those of the run.
     """
     dtype = config.master if config.train and not config.lora.enabled else config.dtype
     start, quant = config.lora.start or None, config.quant or None

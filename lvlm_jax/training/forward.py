@@ -78,10 +78,10 @@ def decode(
         image_id: 0 for text, k >= 1 for the k-th image, -1 for padding.
         method: applied in the decoder; None leaves the model unmodified.
         image_count: the largest number of images in a row.
-        tap: what else to return.
+        tap: attention weights or hidden states to return besides.
         rngs: random keys for adapters with dropout.
         axes: positions along each position axis, if the model has several.
-        positions: position of each row, if it is not the number of tokens before it.
+        positions: position of each row, if positions are not the numbers of tokens before each row.
         answer: which of several answers to one prompt a token belongs to, as in `Context`; None for one answer.
     """
     total = image_id.shape[1]
@@ -99,7 +99,7 @@ def decode(
 def answer_logits(
     module: nn.Module, params: Any, hidden: Float[Array, "B T E"], sequence: Sequence, rngs: Rngs = None
 ) -> tuple[Float[Array, "B A V"], Int[Array, "B A"], Bool[Array, "B A"]]:
-    """Logits of the answer tokens alone, those tokens, and which of the A places have one.
+    """Logits that predict the answer tokens, the answer tokens, and which of the A places have a token.
 
     Logits over the vocabulary for every row would take most of a step's memory.
     """

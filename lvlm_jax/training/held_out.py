@@ -1,4 +1,4 @@
-"""Scores of flow alignment on held-out answers: one unit per row, so that figures have bootstrap intervals.
+"""Scores of flow alignment on held-out answers: the bootstrap of intervals resamples rows.
 
 The score of base and student is the distance of their next-token distributions from the edited teacher's: KL(teacher ‖
 model) in nats per answer token.
@@ -18,7 +18,7 @@ from lvlm_jax.training.data import pair_batches
 from lvlm_jax.training.data.pair_batches import EncodedRow, Encoder
 from lvlm_jax.training.objectives.flow_alignment import BASE, Alignment
 
-# For base and student: the sum of divergences, and the number of tokens with the teacher's most likely token.
+# For base and student: the sum of divergences, and the number of tokens for which its likeliest token is the teacher's.
 DISTANCES = ("base_answer_kl", "answer_kl", "base_agreement", "agreement")
 MILLI = 1000.0
 
@@ -39,9 +39,9 @@ def closeness(measured: Sequence[Mapping[str, Any]]) -> Scores:
     """Figures from the results of `distances`.
 
     Returns:
-        base, student: the mean divergence in thousandths of a nat per token; closer: how many times smaller the
-            student's is than the base's; base agrees, student agrees: share of tokens with the teacher's most likely
-            token.
+        base, student: the mean divergence in thousandths of a nat per token; closer: the base's mean
+            divergence divided by the student's; base agrees, student agrees: share of tokens for which the model's most
+            likely token is the teacher's.
     """
     tally = Tally()
     for row in measured:

@@ -30,7 +30,7 @@ class Task:
     """The parameters, data and objective of a training, and its evaluation.
 
     Attributes:
-        name: name of its folder and in the log.
+        name: name of the task, of its folder of checkpoints, and of its records in the log.
         objective: (trainable, frozen, batch, key) -> metrics; pure.
         terms: the metrics to minimise, with their weights; see `step.loss`.
         source: step number, from 0 -> batch, a pytree of NumPy arrays; picklable. With `accumulate` > 1 every array has
@@ -52,7 +52,7 @@ class Task:
 class Stop:
     """A context in which SIGTERM and SIGINT only request a stop, so that the loop can save first.
 
-    Several processes stop after the same step: JAX's preemption service, which watches for SIGTERM, agrees on one.
+    Several processes stop after the same step: JAX's preemption service, which watches for SIGTERM, chooses the step.
     """
 
     def __enter__(self) -> "Stop":
@@ -117,7 +117,7 @@ def train(
             `monitor.logger`); `keep_best`, a logged metric such as "val/loss" whose best checkpoint is kept too;
             `patience`, the number of evaluations without a lower value after which the run ends.
         mesh: devices of the run; None: all of them, along `data`.
-        config: the run's configuration in checkpoints; None: `settings`.
+        config: the configuration that checkpoints record; None: `settings`.
 
     Returns:
         The trained parameters, on the mesh.
@@ -156,7 +156,7 @@ def train(
             """Processes the results of a step. Runs while the next step computes, so that no device waits for the host.
 
             Args:
-                tokens, filler: of the batch, as `monitor` counts them.
+                tokens, filler: `token_count` and `padding` of the step's batch.
                 done: when the step ended; None: when its metrics are available.
             """
             tally.add(metrics | filler)

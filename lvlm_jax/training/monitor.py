@@ -39,7 +39,7 @@ FLUSH_SECONDS = 5.0  # TensorBoard's files; a flush waits for the disk
 
 
 def flops_per_token(trainable: Any, frozen: Any) -> float:
-    """4 P + 2 T, see the module."""
+    """FLOPs of training per token, 4 P + 2 T; see the module."""
     sizes = [{path: math.prod(leaf.shape) for path, leaf in flatten(part).items()} for part in (trainable, frozen)]
     untied = any("lm_head/" in path for part in sizes for path in part)
 
@@ -59,7 +59,7 @@ def token_count(batch: Any) -> int:
 
 
 def padding(batch: Any) -> dict[str, Mean]:
-    """`padding`, the share of a batch's tokens that are padding; empty for batches that do not contain it."""
+    """`padding`, the share of a batch's tokens that are padding; empty for batches without `image_id`."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     known = [leaf for path, leaf in leaves if getattr(path[-1], "key", None) == "image_id"]
     if not known:
@@ -108,8 +108,8 @@ class Answer:
 
     Attributes:
         id: id of the row.
-        prompt: its words.
-        truth, text: the right answer, and the model's.
+        prompt: the prompt's text.
+        truth, text: the right answer, and the model's answer.
         image: the first image, upright 8-bit RGB `[H, W, 3]`; None without images.
     """
 
@@ -166,10 +166,10 @@ class Monitor:
 
     Args:
         workdir: contains `log.jsonl`, shared by the tasks of a run, and `tensorboard/<task>`.
-        task: its name.
+        task: name of the task.
         start: the step from which the run resumes; records of later steps are removed.
         steps: the last step.
-        beside: also gets every record, see `logger`.
+        beside: a function that gets every record too, from `logger`; or None.
 
     Raises:
         LVLMError: (also in `write` and `secure`) the files cannot be written.

@@ -20,7 +20,7 @@ from lvlm_jax.training.forward import Sequence
 
 
 def pays(config: FamilyConfig, dtype: Any, method: Method | None, length: int, answer: int) -> bool:
-    """Whether a pair should be one row: answers are short, and no window or method counts columns.
+    """Whether a pair should be one row: answers are short, and no sliding window or method uses column numbers.
 
     In 16 bits, the attention kernels of accelerators do not support this mask, so pairs stay two rows.
 
@@ -39,7 +39,7 @@ def joined(chosen: Sequence, rejected: Sequence, pad_token: int) -> dict[str, ja
         The fields of a sequence (`training.forward`), with `columns` of both answers, the chosen one first, and:
 
             rows       Int[B, 2 A]    the row that predicts each answer token
-            positions  Int[B, T + A]  of each row
+            positions  Int[B, T + A]  position of each row
             answer     Int[B, T + A]  0 the prompt and padding, 1 the chosen answer, 2 the rejected one
     """
     length, own = chosen["tokens"].shape[1], rejected["columns"]

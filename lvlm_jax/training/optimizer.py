@@ -12,11 +12,11 @@ def schedule(settings: Any) -> optax.Schedule:
     """Learning rate by step: linear warm-up to `peak`, then half a cosine down to `peak * final`.
 
     Args:
-        settings: with fields `steps`, `warmup` (steps; below 1 a share of them), `peak`, `final` (fraction of the peak
-            at the end).
+        settings: has the fields `steps`, `warmup` (a number of steps, or below 1 a share of all steps), `peak`, and
+            `final` (the last rate as a share of the peak).
     """
     steps, warmup = settings.steps, settings.warmup
-    # A short trial run also reaches its peak.
+    # At most a third of the steps, so that a short trial run reaches its peak too.
     warmup = min(round(warmup * steps) if warmup < 1 else int(warmup), steps // 3)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else settings.peak,

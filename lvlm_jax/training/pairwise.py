@@ -1,7 +1,8 @@
 """Learning from pairs, a chosen and a rejected answer to one prompt: shared by the objectives "capl" and "dpo".
 
 Policy and reference both run under CAPL's selective cross-image attention (arXiv 2603.07048), or both plainly,
-according to `preference.method`. One forward pass scores both answers, short ones behind one prompt (`one_row`).
+according to `preference.method`. One forward pass scores both answers; short answers share one prompt
+(`one_row`).
 
 The reference is the model as training begins, and needs no second copy of the weights. Its log-probabilities are
 computed before training and read from disk (`preference.reference="precomputed"`). Or, with LoRA, it is the model
@@ -32,7 +33,7 @@ from lvlm_jax.training.registry import Check, Objective, one_of
 from lvlm_jax.training.samples import Samples
 from lvlm_jax.weights import parts
 
-# An adapter in these places leaves the image tokens unchanged.
+# Training of these parts alone leaves the image tokens unchanged.
 TEXT_PARTS = {"language_model"}
 
 SECTION = "preference"
@@ -78,7 +79,7 @@ class Scorer:
 
     Attributes:
         module: the model.
-        method: its attention is active; None for plain attention.
+        method: the method whose attention is active; None for plain attention.
         image_count: the largest number of images in a sample.
         sequences: the names of a batch's S sequences; by default those of pairs.
     """
@@ -100,7 +101,7 @@ class Scorer:
     def logprobs(
         self, params: Any, batch: Batch, image_tokens: Mapping[str, Float[Array, "*N E"]], rngs: forward.Rngs = None
     ) -> tuple[Float[Array, "B S A"], Bool[Array, "B S A"]]:
-        """Log-probabilities of every answer token, and which of the A places have one. One pass through the decoder."""
+        """Log-probabilities of the answer tokens, and which of the A places have a token, from one decoder pass."""
         sequences = [batch[name] for name in self.sequences]
         if self.in_one_row(batch):
             rows = one_row.joined(*sequences, self.module.config.pad_token_id)
@@ -172,7 +173,7 @@ def metrics(
 
 
 def objective(name: str, **defaults: Any) -> Objective:
-    """The objective of that name, with the fields of `FIELDS` and its own defaults."""
+    """An objective called `name` with the fields of `FIELDS`; `defaults` replace some of their defaults."""
     return Objective(
         name, task, SECTION, FIELDS | defaults, DOCS, CHECKS, _check, method=lambda config: method_of(config.preference)
     )
@@ -214,7 +215,7 @@ def terms(settings: Mapping[str, Any]) -> dict[str, float]:
 
 
 def method_of(settings: ConfigDict) -> Method | None:
-    """The attention of policy and reference."""
+    """The method whose attention policy and reference have; None for plain attention."""
     return None if settings.method == "none" else CAPL(sigma=settings.sigma, rho=settings.rho)
 
 
@@ -241,7 +242,7 @@ def check_reference(section: str, config: ConfigDict) -> None:
 
 
 def _side_by_side(*sequences: Any) -> Any:
-    """Interleaves sequences, rows of a sample next to each other: a device with one of its rows has all of them."""
+    """Interleaves sequences: the rows of a sample are next to each other, so that one device has all of them."""
 
     def merged(*rows: jax.Array) -> jax.Array:
         return jnp.stack(rows, axis=1).reshape(-1, *rows[0].shape[1:])

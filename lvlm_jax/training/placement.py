@@ -80,9 +80,10 @@ def of_batch(batch: Any, mesh: Mesh, accumulate: int = 1) -> Any:
 
 
 def by_rows(array: jax.Array) -> jax.Array:
-    """Shards an array inside a program, rows over `ROWS` of the mesh in use (`jax.set_mesh`) if they divide evenly.
+    """Spreads the rows of an array over the axes `ROWS` of the mesh in use (`jax.set_mesh`) if they divide evenly.
 
-    Otherwise the compiler might split channels like the weights, and keep all rows on every device.
+    For use inside a program. Without it, the compiler might split channels like the weights, and keep all rows on every
+    device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or array.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS):

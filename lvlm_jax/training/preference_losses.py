@@ -14,7 +14,7 @@ rejected answer, h = Δ(y_w) - Δ(y_l), ε the share of pairs whose order is wro
     sppo_hard     (Δ(y_w) - 1 / (2 β))² + (Δ(y_l) + 1 / (2 β))²   arXiv 2405.00675
     apo_zero      1 - σ(β Δ(y_w)) + σ(β Δ(y_l))   arXiv 2408.06266
     apo_down      σ(β Δ(y_w)) + 1 - σ(β h)   arXiv 2408.06266
-    sft           -log π(y_w), the mean over all chosen tokens of a batch   TRL's; the weight of `nll` is ours
+    sft           -log π(y_w), the mean over all chosen tokens of a batch   as in TRL; CAPL's term is `nll`
 
 Their values are those of TRL's `DPOTrainer` for `loss_type`. Several of them add up with weights, as in InternVL's MPO
 (arXiv 2411.10442): "0.8*sigmoid + 0.2*bco_pair + sft".
@@ -41,7 +41,7 @@ class Ratios(NamedTuple):
 
     Attributes:
         chosen, rejected: Δ of the two answers in nats, one per pair.
-        tokens: their number of tokens; at least 1.
+        tokens: number of tokens of each answer; at least 1.
     """
 
     chosen: Float[Array, "B"]
@@ -50,7 +50,7 @@ class Ratios(NamedTuple):
 
     @property
     def margin(self) -> Float[Array, "B"]:
-        """h."""
+        """The margin h = Δ(y_w) - Δ(y_l) of each pair, in nats."""
         return self.chosen - self.rejected
 
     @property
@@ -132,7 +132,7 @@ def mixture(words: str) -> dict[str, float]:
 
 
 def per_pair(values: Float[Array, "B"], weight: Float[Array, "B"]) -> Mean:
-    """The mean over pairs, weighted."""
+    """The mean of `values` over pairs, weighted by `weight`."""
     return Mean(jnp.sum(values * weight), jnp.sum(weight))
 
 
@@ -150,7 +150,7 @@ def metrics(
     Args:
         policy, reference: log-probabilities of the answer tokens; chosen first, then rejected.
         mask: which of the A positions have a token.
-        weight: of each pair; 0 leaves it out.
+        weight: weight of each pair; 0 leaves it out.
         loss: one of LOSSES, or several as `mixture` takes them.
         label_smoothing: ε.
 

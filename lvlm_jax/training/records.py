@@ -17,7 +17,7 @@ def of(config: ConfigDict, base: str | Path) -> dict[str, Any]:
     """The record of a run of an objective.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         base: folder of the checkpoint that it began with, whose own record is kept as `model.training`.
 
     Returns:
@@ -49,10 +49,10 @@ def record(config: ConfigDict, method: Any) -> dict[str, Any]:
 
 
 def read(folder: str | Path) -> dict[str, Any] | None:
-    """The record in a folder; None without one.
+    """The record in a folder; None if it has none.
 
     Raises:
-        LVLMError: it cannot be read.
+        LVLMError: the record cannot be read.
     """
     path = Path(folder) / TRAINING
     return files.read_json(path, "record of a training") if path.is_file() else None

@@ -26,7 +26,7 @@ class Check(NamedTuple):
     """The allowed values of one field of a config.
 
     Attributes:
-        field: its name; in the checks of an objective, within the objective's section.
+        field: name of the field; in the checks of an objective, its name within the objective's section.
         expected: the accepted values, in words.
         holds: whether a value is accepted.
     """
@@ -47,8 +47,8 @@ class Objective:
 
     Attributes:
         name: the word in `recipe`.
-        task: (model, module, config, workdir) -> the task: the base model, its module for training, the run's
-            checked configuration, and the run's folder. Raises `LVLMError` for data that cannot be used.
+        task: (model, module, config, workdir) -> the task. The arguments are the base model, its module for training,
+            the run's checked configuration, and the run's folder. Raises `LVLMError` for data that cannot be used.
         section: the section of the config with the objective's own fields; "" if it has none.
         defaults: these fields with their defaults.
         docs: the meaning of each of these fields, for `lvlm train --help`.
@@ -112,7 +112,7 @@ def find(name: str) -> Objective | Recipe:
     """Returns the objective or recipe with a name.
 
     Raises:
-        LVLMError: there is none.
+        LVLMError: no objective or recipe has this name.
     """
     if name in _registered:
         return _registered[name]

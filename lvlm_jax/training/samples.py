@@ -55,8 +55,8 @@ class Samples:
         """Reads the samples of `config.data` and `config.validation`.
 
         Args:
-            reader: maps a path to the argument of `encode`, such as `pair_files.read_pairs`.
-            encode: a method of `Encoder`.
+            reader: reads the examples of a file, as `pair_files.read_pairs` does.
+            encode: (encoder, example) -> row, such as `Encoder.pair`.
             kind, example: the content of the files and an example of a file name, for the error if none is given.
 
         Raises:
@@ -144,7 +144,7 @@ class Samples:
             objective: (trainable, frozen, batch, key) -> metrics; pure.
             terms: weights of the metrics that are minimised.
             measure: the metrics of held-out samples; by default those of `objective`.
-            method: held-out prompts are answered under it.
+            method: the method under which held-out prompts are answered; None for no method.
         """
         config = self.config
         source = self.source

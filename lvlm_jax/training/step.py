@@ -54,7 +54,8 @@ def make_step(
         shardings: shardings of the new (state, metrics), as for `jax.jit`; None leaves them to the compiler.
 
     Returns:
-        The metrics are those of `objective` summed over the parts, and `objective` (the loss) and `gradient_norm`.
+        The update. Its metrics are those that the argument `objective` computes, summed over the parts, and two more:
+        `objective` (the loss) and `gradient_norm`.
     """
 
     def gradient_of(

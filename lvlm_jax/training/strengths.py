@@ -33,14 +33,14 @@ Theta = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Learnable:
-    """One learned strength of one member.
+    """One learned strength of one member (one of the methods of `Strengths`).
 
     Attributes:
         member: number of the member.
         group: name of the member's parameters, such as "0_pai".
-        name: of the field.
-        low, high: its bounds.
-        start: its start value: a number, or values `[L]` or `[L, H]`.
+        name: name of the field.
+        low, high: bounds of the strength.
+        start: start value of the strength: a number, or values `[L]` or `[L, H]`.
         layers: those in which the member acts; None for a number.
     """
 
@@ -53,7 +53,7 @@ class Learnable:
     layers: tuple[int, ...] | None
 
     def theta(self) -> np.ndarray:
-        """0 for every learned value."""
+        """The start value of θ: 0 for every learned value."""
         return np.zeros_like(self.start if self.layers is None else self.start[list(self.layers)])
 
     def value(self, theta: jax.Array | np.ndarray) -> Any:
@@ -92,12 +92,12 @@ class Strengths:
 
         Args:
             per: one of FORMS.
-            num_layers, num_heads: of the model.
-            names: only these, "alpha" or "pai.alpha"; empty: all that have a gradient.
+            num_layers, num_heads: numbers of layers and heads of the model.
+            names: the strengths to learn, as "alpha" or "pai.alpha"; empty: all that have a gradient.
 
         Raises:
-            LVLMError: a search; a strength that does not exist, has no gradient, or starts at its bound; or no
-                strength.
+            LVLMError: a method is a search; a strength does not exist, has no gradient, or starts at its bound; or no
+                strength can be learned.
         """
         names_left, learnables = set(names), []
         for index, member in enumerate(members):
@@ -123,7 +123,7 @@ class Strengths:
         return cls(tuple(members), tuple(learnables))
 
     def start(self) -> dict[str, dict[str, np.ndarray]]:
-        """The first θ."""
+        """The θ with which training starts, by group and name."""
         tree: dict[str, dict[str, np.ndarray]] = {}
         for one in self.learnables:
             tree.setdefault(one.group, {})[one.name] = one.theta()
@@ -185,7 +185,7 @@ def _learnable(
 
 
 def _acts(member: Method, layer: int, num_layers: int) -> bool:
-    """Whether a member's stages run in a layer; a member that does not define it acts in all layers."""
+    """Whether a member's stages run in a layer; a member that does not choose its layers acts in all of them."""
     if hasattr(member, "edited"):
         return layer in member.edited(num_layers)
     if type(member).active is Method.active and not callable(member.layers):

@@ -1,4 +1,4 @@
-"""The method whose attention a model is trained with, and why most methods cannot be used so.
+"""The method whose attention a model is trained with, and the reasons why most methods cannot be used.
 
 Training runs all rows of a conversation at once, through one branch. For each answer token it must compute the same as
 a generation under the method. So an edit of a row may depend only on that row, and must treat rows of an answer like
@@ -23,10 +23,10 @@ def method_of(words: Any, model: LVLM, name: str) -> Method | None:
 
     Args:
         words: as `methods.parse` takes them.
-        name: of the model, for messages.
+        name: name of the model, for messages.
 
     Raises:
-        LVLMError: no such method, one that was fitted for another model, or one that nothing can be trained under.
+        LVLMError: there is no such method, it was fitted for another model, or no model can be trained under it.
     """
     method = method_for(words, lambda: model.hash, name)
     if method is not None:

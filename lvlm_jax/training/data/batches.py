@@ -86,7 +86,7 @@ class Batches:
         return ", ".join(self.rows[index].id for index in self.order(step))
 
     def steps(self, epochs: float) -> int:
-        """How many steps see every row `epochs` times; at least 1."""
+        """The number of steps in which every row occurs `epochs` times; at least 1."""
         return max(1, round(epochs * len(self.rows) / self.batch))
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""Correctors of chosen answers: the prompts' own truth, a file of corrected answers, or a user's function.
+"""Correctors of chosen answers: the prompts' right answers, a file of corrected answers, or a user's function.
 
 CAPL's chosen answers come from the model itself, so they are corrected before training (arXiv 2603.07048 uses a judge).
 """
@@ -52,7 +52,7 @@ def resolve(name: str, prompts: Sequence[Prompt]) -> Corrector:
 
 
 def from_truth(prompts: Sequence[Prompt]) -> Corrector:
-    """Replaces every answer by the prompt's truth. Raises `LVLMError` if a prompt has none."""
+    """A corrector that replaces every answer by `Prompt.truth`. Raises `LVLMError` if a prompt has no truth."""
     for prompt in prompts:
         if prompt.truth is None:
             raise LVLMError(
@@ -63,7 +63,7 @@ def from_truth(prompts: Sequence[Prompt]) -> Corrector:
 
 
 def from_file(path: Path, prompts: Sequence[Prompt]) -> Corrector:
-    """Corrections from JSON lines `{id, chosen}`; an answer without a line is not changed.
+    """A corrector that reads its corrections from JSON lines `{id, chosen}`; other answers do not change.
 
     An edited `answers.jsonl` of a run is such a file (its first line, the record, is skipped).
 
@@ -88,7 +88,7 @@ def from_file(path: Path, prompts: Sequence[Prompt]) -> Corrector:
 
 
 def from_function(name: str) -> Corrector:
-    """A user's function `function(prompt, answer) -> str`, by name (`config_files.user_object`).
+    """A corrector that calls a user's function `(prompt, answer) -> str`; `name` as for `config_files.user_object`.
 
     Raises:
         LVLMError: the module cannot be imported or has no such function; in `correct`, the function fails or does not

@@ -8,7 +8,7 @@ from lvlm_jax import files
 from lvlm_jax.errors import LVLMError, shown
 
 FILE = "dataset_info.json"
-# LLaMA-Factory's columns, by the names in `pair_formats`.
+# LLaMA-Factory's name of each column, and its name in `pair_formats`.
 _COLUMNS = {
     "messages": "conversations",
     "prompt": "instruction",
@@ -24,11 +24,11 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def resolved(path: str | Path) -> tuple[Path, Path, dict[str, Any] | None]:
-    """The file of a data set, the folder of its images, and its entry of `dataset_info.json`, if one is named.
+    """The file of a data set, the folder of its images, and its entry of `dataset_info.json` or None.
 
     Args:
-        path: a file of rows, or a `dataset_info.json`, followed by a colon and the name of the entry. Without a name it
-            must have just one entry with `ranking`, or just one entry.
+        path: a file of rows, or a `dataset_info.json`, followed by a colon and the name of the entry. Without a name,
+            the description must have only one entry, or only one entry with `ranking`.
 
     Raises:
         LVLMError: a description or an entry is malformed, or needs something unsupported; the message says what.
@@ -50,7 +50,7 @@ def resolved(path: str | Path) -> tuple[Path, Path, dict[str, Any] | None]:
 
 
 def _checked(entry: Any, where: str) -> dict[str, Any]:
-    """The entry, with `columns` and `tags` added if missing."""
+    """Checks an entry; returns it with `columns` and `tags`, which are added if they are missing."""
     if not isinstance(entry, dict):
         raise LVLMError(f"{where} is {shown(entry)}; expected an object with a file_name")
     entry = {key: value for key, value in entry.items() if value not in (None, "", False)}
@@ -77,7 +77,7 @@ def _checked(entry: Any, where: str) -> dict[str, Any]:
 
 
 def renamed(row: dict, entry: Mapping[str, Any], where: str) -> dict:
-    """A row under the names of `pair_formats`, according to its entry.
+    """A row of the data set that `entry` describes, with the names of `pair_formats` for its columns.
 
     Raises:
         LVLMError: two columns get the same name.

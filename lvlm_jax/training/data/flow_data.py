@@ -1,7 +1,7 @@
-"""Data of flow alignment: conversations whose answers are given, or generated under the teacher's edit.
+"""Data of flow alignment: conversations with given answers, or with answers of the teacher (the model under SEVI).
 
 Answers only determine the rows in which teacher and student are compared, so the model's own answers are good enough;
-the edited model's answers are similar to those that the trained model will write.
+the teacher's answers are similar to those that the trained student will write.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ ROOM_STEP = 16  # answer columns are a multiple of this many tokens, because eve
 
 @dataclasses.dataclass(frozen=True)
 class Staged:
-    """Batches with the stage of each sample, `stage` Int[B]; picklable.
+    """Batches with an array `stage` Int[B], the stage of flow alignment in which each sample is; picklable.
 
     Attributes:
         batches: the batches.
@@ -75,8 +75,8 @@ def read(
             prompts, as for `read_prompts`, optionally with an answer in the field `answer`. Missing answers are
             generated greedily, once, and logged in `folder`.
         model, method: generate the answers.
-        longest: tokens of the longest prompt with its answer.
-        batch_size: prompts at a time.
+        longest: largest number of tokens of a prompt with its answer.
+        batch_size: number of prompts that are answered together.
         folder: folder of the logs; a log's name is a hash of everything that determines the answers.
 
     Raises:
@@ -117,7 +117,7 @@ def generate(
     """Greedy answers by prompt id, from the log or from the model; see `read`.
 
     Args:
-        record: everything that determines the answers, as JSON values; begins the log.
+        record: everything that determines the answers, as JSON values; it is the first line of the log.
     """
     if jax.process_count() > 1:
         raise LVLMError(

@@ -1,4 +1,4 @@
-"""Answers that are labelled good or bad, without a counterpart: the data of KTO.
+"""Answers that are labelled good or bad, without a second answer: the data of KTO.
 
     TRL            {"images": [...], "prompt": ..., "completion": ..., "label": true}
     LLaMA-Factory  a conversation, {"messages" or "conversations": [...], "kto_tag": true}, or its alpaca form with
@@ -23,9 +23,9 @@ class Labelled:
 
     Attributes:
         images: image files in reading order; the encoded image itself if the data file contains it.
-        prompt: chat messages as in `pair_files.Pair`, up to the one that is answered.
+        prompt: chat messages as in `pair_files.Pair.prompt`, up to the user message that is answered.
         answer: the text of the answer.
-        desirable: whether it is a good one.
+        desirable: whether the answer is good.
         mismatched: the answer of the file's next row, which does not belong to this prompt.
         id: the row's own id, or its number in the file.
         extra: the other columns of the row.
@@ -46,8 +46,8 @@ def read(path: str | Path) -> list[Labelled]:
     """The labelled answers of a file, in its order.
 
     Raises:
-        LVLMError: (with the line) a row has no label that is true or false, or `pair_files` refuses it; or the file has
-            a single row, which has no mismatched answer.
+        LVLMError: (with the line) a row has no label that is true or false, or `pair_files` refuses the row; or the
+            file has only one answer, so that no other row gives a mismatched answer.
     """
     first_line, _, first, _ = next(pair_files.samples(path, "file of labelled answers"))
     if any(name in first for name in LABELS):

@@ -5,7 +5,7 @@ A policy that says the opposite of the model, whatever the image shows, wins all
 every prompt should give a pair. Its rejected answer is the first of these that is wrong (the ladder):
 
     answer   the model's answer on the rejected side
-    sample   an answer that the model gives there when it is sampled
+    sample   an answer that is sampled from the model on the rejected side
     option   another answer that the question could have, from the prompt's field `wrong`
 """
 
@@ -39,15 +39,15 @@ def check(prompts: Sequence[Prompt]) -> None:
 
 
 def rejected(prompt: Prompt, answer: str, samples: Sequence[str], seed: int) -> tuple[str, str]:
-    """The rejected answer of a prompt with a truth, and the rung that it comes from.
+    """The rejected answer of a prompt with a truth, and the rung of the ladder that gives it.
 
     Args:
-        answer: of the model on the rejected side.
-        samples: its further answers there.
-        seed: of the draw among the wrong options.
+        answer: the model's answer on the rejected side.
+        samples: further answers of the model on the rejected side.
+        seed: seed of the draw among the wrong options.
 
     Returns:
-        `answer` itself, on the first rung, if none is wrong.
+        (rejected answer, one of RUNGS); `answer` and the first rung if no answer is wrong.
     """
     if not alike(answer, prompt.truth):
         return answer, RUNGS[0]
@@ -69,7 +69,7 @@ def explained(candidates: Sequence[Candidate]) -> float | None:
 
 
 def negated(own: str, chosen: str, rejected: str) -> float:
-    """How much of a pair is won by contradicting the model: 1 for a pair that it wins, 0 for one that it loses.
+    """The share of a pair that contradicting the model wins: 1 if it wins the pair, 0 if it loses the pair.
 
     Args:
         own: the model's own answer; if it is neither of the two answers, chance wins half of the pair.
@@ -83,7 +83,13 @@ def negated(own: str, chosen: str, rejected: str) -> float:
 
 
 def refuse_negation(share: float | None, count: int, most: float) -> None:
-    """Raises an `LVLMError` with the figure if contradicting the model wins more than `most` of the pairs."""
+    """Raises an `LVLMError` if contradicting the model wins more than `most` of the pairs.
+
+    Args:
+        share: the share that it wins, from `explained`.
+        count: number of pairs.
+        most: the largest allowed share.
+    """
     if share is not None and share > most:
         raise LVLMError(
             f"{100 * share:.1f} % of {count} pairs are won by a policy that only contradicts the model, and training "

@@ -6,11 +6,11 @@ A batch contains:
     images    Float[R, ...]   pixels of all rows' images in reading order, as the tower's input, then zeros
     geometry  dict            further inputs of the tower, see `models.pictures.Pictures`; may be absent
     chosen    } dicts `tokens`, `answers`, `image_id`, `columns` and maybe `axes`, see `training.forward`;
-    rejected  } just `answer` in batches of conversations
-    rejected_pictures  dict       `images` and `geometry` of a sequence with its own images, by its name
+    rejected  } batches of conversations have `answer` instead
+    rejected_pictures  dict       `images` and `geometry` of the rejected sequence, if it has its own images
     reference Float[B, S, A]      log-probabilities of the answer tokens of S sequences, if they are precomputed
     ids       Int[B]              number of the row in the file, dropped rows not counted
-    weight    Float[B]            the row's own, or 0 for a padding row of an evaluation's last batch
+    weight    Float[B]            the row's weight in the loss; 0 for a padding row of an evaluation's last batch
 
 With `accumulate` > 1 every array has a leading axis of that size. T, A, R and the sizes of images are rounded up to
 buckets, because every new combination compiles a program.
@@ -36,7 +36,7 @@ from lvlm_jax.training.data.pair_files import Conversation, Pair, assistant
 from lvlm_jax.training.data.pictures import Placeholders, Runs, opened_rgb, size_of
 
 PAIR = ("chosen", "rejected")  # a pair's sequences
-CONVERSATION = ("answer",)  # a conversation's one
+CONVERSATION = ("answer",)  # a conversation's only sequence
 
 Batch = dict[str, Any]
 
@@ -51,14 +51,14 @@ class EncodedRow:
     """One pair or conversation, tokenised.
 
     Attributes:
-        id: its name in errors.
-        images: its images, as in `pair_files.Pair`.
-        sequences: the sequences by name; the names are those of PAIR or CONVERSATION.
+        id: name of the row in errors.
+        images: images of the row, as in `pair_files.Pair`.
+        sequences: the sequences of tokens by name; for pairs and conversations, PAIR and CONVERSATION have the names.
         reference: log-probabilities of the answer tokens of each sequence, in order; None if unknown.
         prompt: the text up to the last answer, as the chat template writes it.
-        pictures: the images of each sequence whose images differ from `images`, by its name.
+        pictures: images of the sequences that have other images than `images`, by name of the sequence.
         weight: weight of the row in the loss.
-        labels: numbers of the row for an objective; arrays `[B]` of a batch, by name.
+        labels: numbers that an objective needs, by name; a batch has an array `[B]` of each.
     """
 
     id: str
@@ -73,7 +73,7 @@ class EncodedRow:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The static sizes of a batch: rows B, tokens T, answer tokens A, and the smallest number of rows of the tower."""
+    """The static sizes of a batch: rows B, tokens T, answer tokens A, and the least number of rows of the tower."""
 
     rows: int
     length: int
@@ -94,7 +94,7 @@ class Encoder:
     config: FamilyConfig
 
     def pair(self, pair: Pair) -> EncodedRow:
-        """A pair's two sequences: the prompt followed by an answer to learn.
+        """The row of a pair: two sequences, each the prompt followed by one of the two answers.
 
         Raises:
             LVLMError: (with the pair) an image is unreadable, or a text contains an image placeholder.
@@ -104,10 +104,10 @@ class Encoder:
         return self.row(pair, {name: [*pair.prompt, answer] for name, answer in answers.items()}, True, others)
 
     def conversation(self, conversation: Conversation) -> EncodedRow:
-        """A conversation of which every answer is learned.
+        """The row of a conversation; every answer in it is learned.
 
         Raises:
-            LVLMError: as `pair`; or several answers about images in a model that reads images with each question.
+            LVLMError: as `pair`; or several answers about images that the model reads again with each question.
         """
         answers = sum(message["role"] == "assistant" for message in conversation.messages)
         if answers > 1 and conversation.images and self.config.reads_instruction:
@@ -128,7 +128,7 @@ class Encoder:
 
         Args:
             prompts: the tokens of one sequence of each row.
-            sequence: the sequence whose images are meant; "" for those that sequences share.
+            sequence: name of the sequence whose own images to use; "" for the images that all sequences share.
 
         Raises:
             LVLMError: (with the row) an image is unreadable.
@@ -147,10 +147,10 @@ class Encoder:
         """A row of several sequences about the images of an example.
 
         Args:
-            messages: of each sequence, by name; all have the same prompt.
+            messages: the messages of each sequence, by its name; all sequences have the same prompt.
             last_only: learn only the last answer.
-            pictures: images by name of the sequence, for sequences with other images than the example's, in equal
-                number.
+            pictures: the images of sequences with other images than the example's, by name of the sequence; every
+                sequence has as many images as the example.
 
         Raises:
             LVLMError: as `pair`.
@@ -188,7 +188,7 @@ class Encoder:
         return {}
 
     def __reduce__(self) -> tuple:
-        return Encoder, (self.processor, self.config)  # sizes are not needed once rows are made
+        return Encoder, (self.processor, self.config)  # known placeholders are not needed once rows are made
 
     def _text(self, messages: list[dict], prompt: bool) -> str:
         """Messages as the chat template writes them; with `prompt`, up to the beginning of an answer."""
@@ -222,7 +222,7 @@ def rows_of(
     """Examples as rows.
 
     Args:
-        encode: `encoder.pair` or `encoder.conversation`.
+        encode: makes a row of an example, as `encoder.pair` does.
         longest: largest number of tokens of a row; the model's context is always a limit.
         too_long: "error", or "drop" to leave out longer rows and report their number.
 
@@ -250,14 +250,14 @@ def rows_of(
 
 
 def alike(rows: Sequence[EncodedRow]) -> tuple[EncodedRow, ...]:
-    """Gives all rows one structure: if one row has its own images for a sequence, all have."""
+    """Gives all rows one structure: if one row has an entry of `pictures` for a sequence, all rows get one."""
     own = {name for row in rows for name in row.pictures}
     return tuple(dataclasses.replace(row, pictures=dict.fromkeys(own, row.images) | row.pictures) for row in rows)
 
 
 def shape_of(rows: Sequence[EncodedRow], encoder: Encoder, count: int) -> Shape:
-    """Sizes for any `count` rows of `rows`: I is a multiple of the row count, the others are buckets of the token
-    layout."""
+    """Sizes that suffice for any `count` of the rows. The number of images is a multiple of `count`; the numbers of
+    tokens and answer tokens are buckets of the token layout."""
     most_images = sorted((len(row.images) for row in rows), reverse=True)[:count]
     answers = max(tokens.answers.sum() for row in rows for tokens in row.sequences.values())
     length = bucket(max(encoder.length(row) for row in rows))

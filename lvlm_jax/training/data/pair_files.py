@@ -1,8 +1,8 @@
 """Reads files of preference pairs and of conversations, with line numbers in all errors; writes pairs.
 
-Images are paths relative to the file, `file:` addresses, or inside it as data URIs or `{"bytes": base64}`. Placeholders
-are image parts of messages, or "<image>" in their text; a prompt without placeholders has its images before the text of
-the first user message.
+An image is a path relative to the file, a `file:` address, or the encoded image itself as a data URI or as
+`{"bytes": base64}`. A placeholder is an image part of a message, or "<image>" in its text; without placeholders, images
+come before the text of the first user message.
 """
 
 import base64
@@ -24,7 +24,7 @@ from lvlm_jax.training.data import dataset_info, pair_formats
 from lvlm_jax.training.data.pair_formats import ID_KEYS, IMAGE_KEYS, Message
 
 PLACEHOLDER = "<image>"
-# Placeholders of LLaMA-Factory for other media, and Qwen-VL's for an image, whose file it names.
+# Unsupported placeholders: LLaMA-Factory's for videos and sounds, and Qwen-VL's, which contains the image's path.
 FOREIGN = ("<video>", "<audio>", "<img>")
 REJECTED_IMAGES, WEIGHT = ("rejected_images", "weight")  # columns of the rejected side's images, and of a row's weight
 
@@ -55,11 +55,11 @@ class Pair:
 
     Attributes:
         images: image files in reading order; the encoded image itself if the data file contains it.
-        prompt: chat messages as `Conversation.messages`, up to the one that is answered.
+        prompt: chat messages as `Conversation.messages`, up to the user message that is answered.
         chosen, rejected: the texts of the two answers.
         id: the row's own id, or its number in the file.
         extra: the other columns of the row; `write_pairs` keeps them.
-        rejected_images: the images of the rejected side, the same number; None: `images`.
+        rejected_images: the images of the rejected side, as many as `images`; None if both sides have the same images.
         weight: the pair's weight in the loss, by default 1; above 0.
     """
 
@@ -106,7 +106,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def read_conversations(path: str | Path) -> list[Conversation]:
-    """The conversations of a file, in any format of `pair_formats`; of pairs, the chosen answers.
+    """The conversations of a file, in any format of `pair_formats`; a pair is read as its prompt and chosen answer.
 
     Raises:
         LVLMError: (with the line) an error of `read_pairs`, a conversation without an answer, or an empty answer.
@@ -145,7 +145,7 @@ def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
 
 
 def row_of(pair: Pair, folder: Path) -> dict:
-    """A pair as a row of TRL's format, for a file in `folder`; images inside the folder by relative path."""
+    """A pair as a row of TRL's format, for a file in `folder`. Paths of images inside the folder are relative."""
     row = {
         "id": pair.id,
         "images": [_written(image, folder) for image in pair.images],
@@ -183,7 +183,7 @@ def read_rows(path: Path, what: str) -> Iterator[tuple[str, str, dict]]:
 
 
 def row_id(row: dict, number: str) -> str:
-    """The row's own id; without one its number in the file."""
+    """The row's own id; if it has none, its number in the file."""
     return str(next((row[key] for key in ID_KEYS if row.get(key) is not None), number))
 
 
@@ -212,7 +212,7 @@ def placed_prompt(
 
 
 def extra(row: dict, used: Sequence[str]) -> dict:
-    """The columns of a row that were not read."""
+    """The columns of a row that were not read; `used` names those that were, besides images, weight and id."""
     known_columns = (*used, *IMAGE_KEYS, REJECTED_IMAGES, WEIGHT, ID_KEYS[0])
     return {key: value for key, value in row.items() if key not in known_columns}
 
@@ -290,7 +290,7 @@ def _written(image: Path | bytes, folder: Path) -> str | dict:
 
 
 def place_images(messages: list[Message], images: int, where: str) -> list[Message]:
-    """Messages with content as a list of parts, with one image part per image."""
+    """Messages whose content is a list of parts; each of the `images` images has one part."""
     with_parts = [{"role": message["role"], "content": _parts(message["content"], where)} for message in messages]
     count = sum(part["type"] == "image" for message in with_parts for part in message["content"])
     if count == 0 and images:
@@ -306,7 +306,7 @@ def place_images(messages: list[Message], images: int, where: str) -> list[Messa
 
 
 def _parts(content: str | list, where: str) -> list[dict]:
-    """The parts of a message; text is split at placeholders, and the line break after one belongs to the template."""
+    """The parts of a message. Text is split at placeholders, and a line break after a placeholder is removed."""
     parts = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         kind = part.get("type") if isinstance(part, dict) else None

@@ -1,4 +1,4 @@
-"""Filters candidates for preference pairs, holds some out, and computes figures about both."""
+"""Filters candidates for preference pairs, holds some out for validation, and computes figures about the pairs."""
 
 import dataclasses
 import re
@@ -56,7 +56,7 @@ class Filters:
     Attributes:
         near_duplicate: the largest allowed `overlap`; 1 allows all.
         max_words: limit for either answer; 0 allows any number.
-        unfinished: whether to drop answers that were cut off; training would teach to stop there.
+        unfinished: whether to drop answers that were cut off; such an answer would teach the model to stop too early.
     """
 
     near_duplicate: float = 0.98
@@ -91,7 +91,8 @@ def words(text: str) -> list[str]:
 
 
 def overlap(first: str, second: str) -> float:
-    """ROUGE-L's F1 of the words: 2 · LCS / (n + m), LCS the longest common subsequence; 1 for the same words."""
+    """ROUGE-L's F1 of the words: 2 · LCS / (n + m). LCS is the length of the longest common subsequence, and
+    n and m are the numbers of words. The overlap of equal texts is 1."""
     first, second = words(first), words(second)
     if not first or not second:
         return float(first == second)
@@ -114,7 +115,7 @@ def sift(candidates: Sequence[Candidate], filters: Filters) -> tuple[list[Candid
 
 
 def balance(candidates: Sequence[Candidate], seed: int = 0) -> list[Candidate]:
-    """Equally many candidates with each chosen answer, for each kind of prompt and number of images; in order.
+    """Equally many candidates with each chosen answer, for each kind of prompt and number of images; their order stays.
 
     The kind is the prompt's field `kind`. Answers are the same if they have the same `answer_type`, or without that
     field the same words. Which candidates remain is drawn at random. Kinds with more than `ANSWERS` different answers
@@ -138,7 +139,7 @@ def hold_out(candidates: Sequence[Candidate], share: float, seed: int = 0) -> tu
     """Training and validation candidates, in order, without common images.
 
     Candidates that share images, directly or through others, stay together. These groups are visited in random order,
-    and each is held out if at most `share` of all candidates is held out then.
+    and a group is held out if the candidates held out so far and the group are at most `share` of all candidates.
 
     Raises:
         LVLMError: the groups are too large, so that one side would be empty.
@@ -184,7 +185,7 @@ def statistics(
 
     Returns:
         prompts: number of prompts; failed: how many of them could not be answered.
-        pairs: number of pairs; dropped: how many candidates were dropped for each of REASONS.
+        kept: number of pairs; dropped: how many candidates were dropped for each of REASONS.
         corrected: share of the kept pairs whose chosen answer the corrector changed.
         chosen_longer: share of the kept pairs whose chosen answer has more words.
         words: mean, median and largest number of words of the kept answers.
@@ -215,5 +216,5 @@ def statistics(
 
 
 def _share(flags: Sequence[bool]) -> float | None:
-    """The mean of flags; None without any."""
+    """The mean of flags; None if there are no flags."""
     return round(float(np.mean(flags)), 4) if len(flags) else None

@@ -6,11 +6,11 @@ Pairs:
     LLaMA-Factory  {"conversations": [{"from": "human", "value": "<image>..."}], "chosen": {...}, "rejected": {...}},
                    or {"instruction": ..., "input": ..., "history": [[...]], "chosen": "...", "rejected": "..."},
                    or of its version 1 {"chosen_messages": [...], "rejected_messages": [...]}
-    RLHF-V         {"question": ..., "chosen": ..., "rejected": ..., "image": ...}, or {"text": that as a JSON string}
+    RLHF-V         {"question": ..., "chosen": ..., "rejected": ..., "image": ...}, or {"text": this as a JSON string}
 
 Conversations:
 
-    TRL            {"images": [...], "messages": [...]}; of LLaMA-Factory's version 1 too, with images in the messages
+    TRL            {"images": [...], "messages": [...]}; LLaMA-Factory's version 1 has its images in the messages
     LLaVA          {"id": ..., "image": ..., "conversations": [{"from": "human", "value": "<image>\n..."}, ...]}
     LLaMA-Factory  the same with "images", or {"instruction": ..., "input": ..., "history": [[...]], "output": ...}
 
@@ -145,7 +145,7 @@ def gathered(row: dict, where: str) -> dict:
 
 
 def _bare(message: Any, images: list[Any]) -> Any:
-    """A message with placeholders as image parts, and text parts with a `text`."""
+    """A message whose image parts are placeholders; the images that they named are appended to `images`."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, list):
         return message

@@ -46,8 +46,8 @@ class Plan:
 
     Attributes:
         chosen, rejected: the two sides.
-        top_p: for both, if they sample.
-        max_new_tokens: longest answer.
+        top_p: limit of top-p sampling (nucleus sampling) on both sides.
+        max_new_tokens: largest number of tokens of an answer.
         seed: each answer's seed is made from this one, its side and its prompt's id.
         samples: largest number of answers drawn on the rejected side, at temperature 1, for a prompt whose rejected
             answer is right (`ladder`); 0 draws none.
@@ -193,7 +193,7 @@ def correct(
     Args:
         texts: the answers by prompt id; prompts without an answer are left out.
         log: where the corrections of a function are logged.
-        record: everything that determines the answers; with the corrector's own record it begins that log.
+        record: everything that determines the answers; this and the corrector's record are the first line of the log.
 
     Raises:
         LVLMError: the corrector fails, or the log belongs to another run or cannot be written.
@@ -219,7 +219,7 @@ def candidates(
     """The candidates of all answered prompts, in the order of the prompts.
 
     Args:
-        plan: with `samples`, rejected answers are those of the ladder (`ladder.rejected`).
+        plan: if its `samples` is above 0, the ladder chooses the rejected answers (`ladder.rejected`).
     """
     result = []
     for prompt in prompts:
@@ -256,7 +256,7 @@ def write(
         prompts: number of prompts.
         record: everything that determined the candidates; the settings of this step are added.
         holdout: share of the pairs for validation.jsonl; 0 writes no such file.
-        seed: seed for choosing those, and for choosing what remains when pairs are balanced.
+        seed: seed of the choice of validation pairs, and of the pairs that remain after balancing.
         balanced: whether to make each kind's chosen answers equally frequent (`pair_filters.balance`).
         max_negation: largest share of the pairs that contradicting the model may win (`ladder.explained`).
 
@@ -264,8 +264,8 @@ def write(
         The statistics.
 
     Raises:
-        LVLMError: no candidate passes the filters, contradicting the model wins too many of those that do, nothing can
-            be held out, or a file cannot be written.
+        LVLMError: no candidate passes the filters, contradicting the model wins too many of the remaining pairs, no
+            pair can be held out, or a file cannot be written.
     """
     remaining, drop_counts = sift(candidates, filters)
     if not remaining:

@@ -1,8 +1,8 @@
 """Images of training rows: their numbers of tokens, computed before they are opened, and the tower's inputs.
 
 In every family, the size of an image determines its number of tokens. So sizes are read when training begins, and white
-images of these sizes go through the checkpoint's processor, which gives the text for each. The images themselves are
-opened when their batch is made, and processed as at inference.
+images of these sizes go through the checkpoint's processor, which writes the placeholder text of each. The images
+themselves are opened when their batch is made, and processed as at inference.
 """
 
 import copy
@@ -23,7 +23,7 @@ from lvlm_jax.processors import inputs
 from lvlm_jax.processors.answer_tokens import Tokens
 from lvlm_jax.processors.images import image_size, open_image
 
-SEPARATOR = "\x1e"  # in no text of a processor
+SEPARATOR = "\x1e"  # occurs in no text that a processor writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Runs(NamedTuple):
 
     Attributes:
         ids, answers: as in `Tokens`.
-        repeats: how often each occurs in the sequence.
+        repeats: for each token of `ids`, the number of equal adjacent tokens that it stands for.
     """
 
     ids: Int[np.ndarray, " U"]
@@ -144,12 +144,12 @@ def placeholders(processor: Any, config: FamilyConfig, sizes: Sequence[tuple[int
     """The placeholders of the images of one row.
 
     Args:
-        processor: the checkpoint's.
+        processor: the checkpoint's transformers processor.
         config: the model's configuration.
         sizes: width and height of each image, in pixels.
 
     Raises:
-        LVLMError: the family cannot read an image of that size.
+        LVLMError: the family cannot read an image of one of these sizes.
     """
     marker, count = inputs.image_marker(processor), len(sizes)
     if not count or config.tokens_per_image is not None:

@@ -1,4 +1,4 @@
-"""Candidates for preference pairs from a model's answers or from a file, with the record of what determined them.
+"""Candidates for preference pairs from a model's answers or from a file, with a record of their origin.
 
 Combines the steps of `pairs` for `lvlm preferences` and the pocket recipes.
 """
@@ -20,7 +20,7 @@ from lvlm_jax.training.data.prompts import of_pair, read_prompts
 from lvlm_jax.version import __version__
 from lvlm_jax.weights import names
 
-SAMPLES = 2  # answers to draw in search of a wrong one
+SAMPLES = 2  # largest number of answers to draw until one is wrong
 REJECTED = ("truncated", "plain")  # rejected answers: under truncated attention, or of the unmodified model
 
 
@@ -55,9 +55,9 @@ def plan(
         chosen: the attention of chosen answers.
         rejected: one of `REJECTED`.
         variant: variant of truncated attention, see `CAPL`.
-        temperature: of chosen answers.
-        rejected_temperature: None: as `temperature`, and 1 for "plain" without a ladder, whose greedy answers would
-            equal the chosen ones.
+        temperature: temperature of chosen answers.
+        rejected_temperature: temperature of rejected answers. None: 1 for "plain" without a ladder, because greedy
+            answers would often equal the chosen ones; otherwise `temperature`.
         laddered: whether every prompt gets a rejected answer that is wrong (`ladder`).
         settings: the other fields of `pairs.Plan`.
     """

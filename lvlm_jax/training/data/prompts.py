@@ -53,8 +53,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts of a file of JSON lines (or one JSON list) `{images, prompt, id?, truth?, wrong?, kind?}`.
 
     `images` are paths, relative to the file. `prompt` is a text or a list of chat messages; "<image>" or an image part
-    is the place of an image, and without any, all images come first. The default `id` is the line's number. A file of
-    pairs is also such a file; its answers are not used.
+    is the place of an image; if there is no such place, all images come first. The default `id` is the line's
+    number. A file of pairs is also such a file; its answers are not used.
 
     Raises:
         LVLMError: naming the line: a malformed row, a prompt without image, a missing image, placeholders that do not

@@ -1,7 +1,8 @@
 """Log-probabilities under the reference model, computed once and cached on disk.
 
 Full fine-tuning changes all base weights, so the alternative would be a second copy of the model. The file's name is a
-hash of everything that determines its content, so a resumed run finds it, and no other run uses it.
+hash of everything that determines its content, so a resumed run finds the file, and a run with other
+log-probabilities does not use it.
 """
 
 import hashlib
@@ -44,7 +45,7 @@ def with_reference(
         settings: everything else that determines the log-probabilities, such as the method and the dtype; plain JSON
             values.
         folder: folder of the cache; created if missing.
-        size: rows at a time.
+        size: number of rows that are computed together.
 
     Raises:
         LVLMError: the cache cannot be written.

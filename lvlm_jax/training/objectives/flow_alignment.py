@@ -132,7 +132,7 @@ class Teacher(AnswerRows):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Student(AnswerRows):
-    """No edit; its carry is a `Flow`: how far the attention of these rows is from the edited attention.
+    """Changes nothing; its carry is a `Flow`: how far the attention of these rows is from the edited attention.
 
     Attributes:
         weight: weight of each row; 0 if `index` has none.
@@ -170,8 +170,8 @@ def kl_divergence(
 def with_base(trainable: Mapping, frozen: Mapping) -> dict:
     """The frozen part, with copies of the parameters that training will change.
 
-    The teacher needs them: with new adapters, the frozen part is the complete base model. Without adapters it is not,
-    and if training continues from an adapter, the teacher has that adapter too.
+    The teacher needs them: with new adapters, the frozen part is the complete base model. Without adapters, the
+    frozen part is incomplete. If training continues from an adapter, the teacher has that adapter too.
     """
     return {**frozen, BASE: jax.tree.map(jnp.copy, trainable)}
 
@@ -205,7 +205,7 @@ class Alignment:
         Returns:
             attention_kl: of the heads that the sample's stage moves, summed over edited layers and heads.
             answer_kl, agreement: KL(teacher ‖ student) of answer tokens, and the share of them with the same most
-                likely token; only with `mu`.
+                likely token; only if `mu` is above 0.
             moved_1, moved_2: share of the heads (in edited layers and answer rows) that each stage would move.
         """
         base, params = _models(trainable, frozen)

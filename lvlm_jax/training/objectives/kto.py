@@ -98,7 +98,11 @@ def metrics(
 
 
 def encode(encoder: Encoder, example: Labelled) -> EncodedRow:
-    """An answer and the mismatched one after the same prompt. Raises `LVLMError` as `Encoder.pair`."""
+    """The row of an answer: the prompt with the answer, and with the mismatched answer.
+
+    Raises:
+        LVLMError: as `Encoder.pair`.
+    """
     texts = (example.answer, example.mismatched)
     messages = {name: [*example.prompt, assistant(text.strip())] for name, text in zip(SEQUENCES, texts, strict=True)}
     row = encoder.row(example, messages, last_only=True)

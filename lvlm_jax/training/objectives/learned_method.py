@@ -1,15 +1,14 @@
 """Learns the strengths of methods by gradient, with the model frozen.
 
-For a pair of answers, y_w chosen and y_l rejected, scored as the method M_s with the strengths s would have written
-them (`generation.forcing`: every row of an answer has the edits of its own decode step, contrast branches run, and
-plausibility cuts are soft):
+For a pair of answers, y_w chosen and y_l rejected, with π_s the model under the method with strengths s:
 
     L(s) = -log σ(β [log π_s(y_w) - log π_s(y_l)]) + λ NLL_s(y_w)
 
-NLL is a mean over the tokens of each chosen answer, then over pairs. There is no reference model. A strength is one
-number, or has a value per layer, or per layer and head (`learned.per`); a bijection enforces bounds
-(`training.strengths`). Strengths without a gradient (counts, thresholds, seeds) stay as they are, and are refused if
-requested by name. The result is `method.safetensors`, which `--method learned:FILE` runs.
+π_s is computed by `generation.forcing`: every row of an answer has the edits of its own decode step, contrast branches
+run, and plausibility cuts are soft. NLL is a mean over the tokens of each chosen answer, then over pairs. There is no
+reference model. A strength is one number, or has a value per layer, or per layer and head (`learned.per`); a bijection
+enforces bounds (`training.strengths`). Strengths without a gradient (counts, thresholds, seeds) stay as they are, and
+are refused if requested by name. The result is `method.safetensors`, which `--method learned:FILE` runs.
 """
 
 import dataclasses
@@ -54,7 +53,7 @@ FILE = "method.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class PromptedRow(EncodedRow):
-    """A row with its prompt as at inference."""
+    """A row that also has its prompt as chat messages with images, as at inference."""
 
     conversation: tuple = ()
 
@@ -74,7 +73,7 @@ def prompted_row(encoder: Encoder, pair: Pair) -> PromptedRow:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Batches by step, made in the training process. They contain whatever can be computed without the strengths.
+    """Batches by step, made in the training process. They contain everything that does not depend on strengths.
 
     Attributes:
         batches: which rows a step takes.
@@ -128,12 +127,12 @@ def metrics(
 
     Args:
         settings: `beta` and `softness`.
-        trainable: θ of the strengths.
+        trainable: θ, the unbounded numbers from which `Strengths` computes the strengths.
         frozen: the model's parameters.
 
     Returns:
         Per pair: `preference`, `nll` (of the chosen answer, nats per token), `margin` (log π(y_w) - log π(y_l)),
-            `accuracy` (whether it is above 0).
+            `accuracy` (whether the margin is above 0).
     """
     del key
     method = soften(chain(*strengths.members_at(trainable)), settings["softness"])
@@ -207,7 +206,7 @@ def strengths_of(model: LVLM, config: ConfigDict) -> Strengths:
 
 
 def divide(model: LVLM, config: ConfigDict) -> tuple[Any, Any]:
-    """(trainable, frozen): θ, and all of the model."""
+    """(trainable, frozen): θ of the strengths, and all parameters of the model."""
     return jax.tree.map(jax.numpy.asarray, strengths_of(model, config).start()), model.params
 
 

@@ -61,7 +61,8 @@ def losses(
 
     Returns:
         Per pair: the terms `text`, `image` and `anchor`; `rewards/chosen`, `rewards/rejected`, `rewards/other_pictures`
-            (β Δ); `rewards/accuracy` and `image_accuracy`, whether the chosen answer's is above the other two.
+            (β Δ); `rewards/accuracy`: whether the chosen answer's reward is above the rejected one's; `image_accuracy`:
+            whether it is above the reward after other images. A tie counts half.
     """
     rewards = beta * jnp.where(mask, policy - reference, 0.0).sum(axis=-1)
     chosen, rejected, other = rewards[:, 0], rewards[:, 1], rewards[:, 2]
@@ -96,7 +97,7 @@ def encode(smallest: float, largest: float, seed: int, encoder: Encoder, pair: P
     """A pair's three sequences. Parts of images depend on the seed, the row's id and the image's number.
 
     Args:
-        smallest, largest: area of a part, as shares of the image's.
+        smallest, largest: limits of the area of a part, as shares of the image's area.
 
     Raises:
         LVLMError: as `Encoder.pair`.

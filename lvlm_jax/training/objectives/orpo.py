@@ -39,7 +39,8 @@ def losses(policy: Float[Array, "B 2 A"], mask: Bool[Array, "B 2 A"], weight: Fl
 
     Returns:
         Per pair: `preference` (-log σ of the log odds ratio), `log_odds` (that ratio), `rewards/accuracy` (whether it
-            is above 0), `logps/chosen`, `logps/rejected` (log π of the whole answer). Per token: `sft`.
+            is above 0), `logps/chosen`, `logps/rejected` (log π of the whole answer). Per token: `sft` (NLL of
+            the chosen answers).
     """
     logps = jnp.where(mask, policy, 0.0).sum(axis=-1)
     tokens = mask.sum(axis=-1, dtype=jnp.float32)

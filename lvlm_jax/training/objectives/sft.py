@@ -28,7 +28,7 @@ def metrics(
     method: Method | None = None,
     image_count: int = 1,
 ) -> dict[str, Mean]:
-    """`loss` (nats) and `accuracy` over the answer tokens of a batch, each with its row's weight. Pure.
+    """`loss` (nats) and `accuracy` over the answer tokens of a batch; a token has its row's weight. Pure.
 
     Args:
         trainable, frozen: the two parts of the parameters.
