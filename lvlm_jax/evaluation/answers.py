@@ -1,8 +1,8 @@
 """Reads and writes answer files in the benchmarks' own formats.
 
 `AnswerFormat` is JSON lines `{question_id, prompt, text, model_id, image, metadata}`, as in LLaVA and VCD. It also
-reads a JSON list, other column names, and more or fewer columns. A benchmark with other files has its own format beside
-it.
+reads a JSON list, other column names, and more or fewer columns. A benchmark with other files defines its
+own format in its module.
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ Answers = dict[tuple[str, str], str]  # Question.key -> text
 class AnswerRow:
     """One answer in a file, not yet matched to its question; fields that the file lacks are None.
 
-    A row has an id, or (as in MME) group, prompt and image, or (as in POPE) its place in the file and a prompt.
+    The question of a row is known from its id, or (as in MME) from group, prompt and image, or (as in POPE) from the
+    place in the file and the prompt.
 
     Attributes:
         where: file and line, for messages.
@@ -53,13 +54,14 @@ class AnswerFormat:
     """How the answers to a benchmark are written and read.
 
     Attributes:
-        name: name of the file or folder that a run writes. A name in `.json` is one JSON list, otherwise JSON lines.
+        name: name of the file or folder that a run writes. A file that ends in `.json` has one JSON list, others have
+            JSON lines.
         by_group: whether a run over several of the protocol's groups writes one file per group, `GROUP.jsonl`.
-        columns: the benchmark's own names of id and answer. They are written, and take precedence in reading.
+        columns: the benchmark's own names for the columns of id and answer; they are written, and read before others.
         identity: converts an id in the file to that of the question.
-        in_order: whether to read rows `{question, answer}` without an id too, in the order of the questions.
+        in_order: whether to accept rows `{question, answer}` without an id, in the order of the questions.
         repeats: whether a prompt contains the question unchanged, so that answers to another question are refused.
-        blocks: groups in one file whose ids begin at 1, 10000001, 20000001, and so on, in this order.
+        blocks: groups that may share one file; their ids begin at 1, 10000001, 20000001, and so on, in this order.
     """
 
     name: str = "answers.jsonl"
@@ -139,7 +141,7 @@ class AnswerFormat:
         """Writes the answers to those questions that have one; each file is complete or absent.
 
         Args:
-            path: `name` in some folder.
+            path: the file to write (or a folder, if the format has several files), called `name`.
 
         Returns:
             The files.
@@ -168,7 +170,7 @@ def read(paths: Sequence[tuple[str | None, Path]], form: AnswerFormat, groups: S
     Args:
         paths: (group, file or folder).
         form: the benchmark's format.
-        groups: those of the protocol; a folder contains a file named after each.
+        groups: the groups of the protocol; a folder contains a file that is named after each group.
 
     Raises:
         LVLMError: a file is missing, empty or malformed.

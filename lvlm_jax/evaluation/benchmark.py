@@ -23,8 +23,8 @@ def _all_of_them(data: Data, rows: Sequence[AnswerRow]) -> Data:
 class Benchmark:
     """A benchmark.
 
-    Figures are named "group: word" or just "word" ("random: accuracy", "C_S"); properties of a figure are properties of
-    its word. The text that the model receives is the protocol's (`Protocol.prompt`).
+    Figures are named "group: word" or just "word" ("random: accuracy", "C_S"); `directions`, `headlines` and
+    `judged` name figures by their words. The text that the model receives is the protocol's (`Protocol.prompt`).
 
     Attributes:
         name: the value of `Protocol.benchmark`, and the beginning of the names of its protocols.

@@ -186,7 +186,7 @@ def read_annotations(
         image_ids: only these ids; None for all.
 
     Raises:
-        LVLMError: files are missing or malformed, or an annotation has no listed category.
+        LVLMError: files are missing or malformed, or the category of an annotation is not listed.
     """
     annotation_paths = annotation_files(data)
     contents = {path: _coco(path) for paths in annotation_paths.values() for path in paths}

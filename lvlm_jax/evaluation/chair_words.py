@@ -162,7 +162,7 @@ class Lexicon:
         return lemmas
 
     def _is_noun(self, before: list[str]) -> bool:
-        """Whether an -ing form is a noun, judged by the two words before: a determiner, or one and an adjective."""
+        """Whether an -ing form is a noun, judged by the words before: a determiner, with or without an adjective."""
         if not before or before[-1] in _DETERMINERS:
             return bool(before)
         return before[0] in _DETERMINERS and singular(before[-1], self._known) not in self.categories

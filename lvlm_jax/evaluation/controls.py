@@ -16,8 +16,8 @@ threshold      yes/no questions: "yes" if greedy decoding's log-odds of yes agai
 length         captions: the first n words of the greedy caption of each image, where n is the number of words of the
                method's caption of that image; both by the protocol's truncation rule, which is not applied again
 
-OLM and PBA come from that paper. Greedy, temperature, plausibility and PBA are runs of the model (`decodings`), OLM and
-the threshold need one pass over the prompts (`log_odds`), the length needs nothing. Controls whose runs were not
+OLM and PBA come from the paper of Yin et al. Greedy, temperature, plausibility and PBA run the model (`decodings`).
+OLM and threshold need one pass over the prompts (`log_odds`), and length needs nothing. Controls whose runs were not
 requested, or that an older folder of controls lacks, are left out.
 """
 
@@ -83,7 +83,7 @@ class Decoding:
     """A control that is a run of the model.
 
     Attributes:
-        folder: name of the folder for its answers; it differs from those of other methods' controls.
+        folder: name of the folder for its answers; controls that depend on the method have different folders.
         yes_no: whether it answers only the yes/no questions.
     """
 
@@ -117,8 +117,8 @@ def is_yes_no(question: Question) -> bool:
 def answer_words(tokenizer: Any) -> tuple[list[int], list[int]]:
     """First tokens of "yes" and of "no", in any case, with and without a blank before.
 
-    Spellings of one token decide. If neither word has one, the first tokens of all spellings do, without those that
-    both words share.
+    Only spellings that are one token count. If "yes" or "no" has no such spelling, the first tokens of all spellings
+    count. Tokens that both words share are left out.
 
     Raises:
         LVLMError: both words begin with the same token.
@@ -224,7 +224,7 @@ class ControlAnswers:
     """The answers of one run's controls, by question.
 
     Attributes:
-        texts: by control, for those that were run.
+        texts: answers by control, for the controls that were run.
         odds: ln p(yes) - ln p(no) of yes/no questions.
         chances: p(yes) and p(no) of the first answer token; empty if the logs are too old to have them.
     """
@@ -249,7 +249,7 @@ def report(
         answers: the answers under the method.
         control_answers: answers of greedy decoding to all questions, and of the other requested runs; log-odds of
             the yes/no questions.
-        resamples, seed: of the bootstrap.
+        resamples, seed: number of resamples and seed of the bootstrap.
     """
     comparisons = {}
 

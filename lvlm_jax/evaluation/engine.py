@@ -121,7 +121,7 @@ def collect(
     """The values that `respond` returns for batches of questions, by `Question.key`.
 
     Args:
-        respond: the last batch is padded with copies, whose answers are dropped.
+        respond: answers one batch; the last batch is padded with copies, whose answers are dropped.
         name: name of the logs.
     """
     return _collect(model, questions, protocol, _in_batches(respond, questions), work, name, title)
@@ -231,7 +231,7 @@ def _collect(
 def plan(
     questions: Sequence[Question], protocol: Protocol, batch_size: int, share: Share = ALONE
 ) -> list[list[Prompt]]:
-    """Batches of prompts; a prompt is the numbers of the questions that it answers.
+    """Batches of prompts; a prompt is a list of the numbers of the questions that it asks.
 
     Questions with the same text about the same images (POPE's splits share half of theirs) are one prompt, unless
     answers are sampled. Prompts of one batch have similar length, so that few programs are compiled, and among those of

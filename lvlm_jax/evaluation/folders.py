@@ -63,8 +63,8 @@ def find(data: Data, names: Sequence[str], places: Iterable[str], what: str, opt
 def locate_images(data: Data, names: Sequence[str], places: Sequence[str], needed: bool, what: str) -> dict[str, Path]:
     """Image name -> path. The folder is `data.image_folder`, or the first of `places` that contains the first image.
 
-    With `needed`, every image must exist; otherwise an `LVLMError` names the first missing one. Without, a missing
-    image stays a bare name: scores need no images.
+    If images are `needed`, an `LVLMError` names the first missing one. If not, no image is looked for except the first,
+    and paths are bare names if no folder contains it: scores need no images.
     """
     distinct = list(dict.fromkeys(names))
     if data.image_folder is not None:

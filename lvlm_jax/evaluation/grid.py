@@ -1,4 +1,4 @@
-"""A grid of strengths of one method: its points, the answers at each, and how they differ from greedy."""
+"""A grid of strengths of one method: its points, the answers at each point, and how they differ from greedy answers."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ def points(method: Method, axes: Sequence[str]) -> list[Point]:
     """The product of the axes `name=a,b,…`, as strengths of `method`.
 
     Raises:
-        LVLMError: not a list of numbers, not a strength of the method, or a value out of its range.
+        LVLMError: an axis is not a list of numbers or is not a strength of the method, or a value is out of range.
     """
     names = strengths(method)
     values = {}
@@ -133,6 +133,11 @@ def answer(
 ) -> Answers:
     """Answers all questions greedily without the method, and with it at every point of the grid.
 
+    Args:
+        model: an `LVLM`.
+        batch_size: number of questions that are answered together.
+        points_at_once: number of points of the grid that are computed together.
+
     Raises:
         LVLMError: a strength out of range, an unreadable image, or a prompt that is too long.
     """
@@ -152,7 +157,7 @@ def answer(
 
 
 def table(questions: Sequence[GridQuestion], grid: Sequence[Point], answers: Answers) -> str:
-    """One line per point: the share of answers that differ from greedy, their mean length, and the accuracy.
+    """One line per point: the share of answers that are not the greedy ones, the mean length in tokens, the accuracy.
 
     The accuracy is that of the first "yes" or "no" of an answer, if questions have such labels. The last line gives the
     number of questions and images.

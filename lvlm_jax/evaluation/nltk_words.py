@@ -1,9 +1,9 @@
 """Words of a text as in published scorers: by nltk, with its data.
 
-`lemmas`: CHAIR's (OPERA's chair.py). Lower-case text is split into words, every word gets its part of speech, and
-WordNet's lemmatiser reduces it to the base form of that part of speech. So verbs name objects too ("seated" is a seat,
-"tied" a tie), "men" stays unchanged, and "vases" becomes "vas". `nouns`: AMBER's (its inference.py). The base forms of
-the nouns of a text.
+`lemmas` gives the words of CHAIR's scorer (OPERA's chair.py). Lower-case text is split into words, every word gets its
+part of speech, and WordNet's lemmatiser reduces it to the base form of that part of speech. So verbs name objects too
+("seated" is a seat, "tied" a tie), "men" stays unchanged, and "vases" becomes "vas". `nouns` gives the words of AMBER's
+scorer (its inference.py): the base forms of the nouns of a text.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Parses answers from free text: the yes/no parsers of published scorers, each exactly, and our own.
+"""Parses answers from free text: exact copies of the yes/no parsers of published scorers, and our own.
 
 A yes/no parser takes the text and the right answer (which only "vcd" uses) and returns "yes", "no", or None for an
 answer that it cannot parse.
@@ -43,7 +43,7 @@ def lmms_eval(text: str, label: str) -> str | None:
 
 
 def strict(text: str, label: str) -> str | None:
-    """Ours: whichever of the words "yes" and "no" the text contains; None for neither or both."""
+    """Our own parser: the word "yes" or "no" if the text contains just one of the two; else None."""
     words = {word.lower() for word in _YES_OR_NO.findall(text)}
     return words.pop() if len(words) == 1 else None
 

@@ -66,7 +66,7 @@ class Data:
         folder: the usual folder (of COCO, of MME, ...), searched in the places that each benchmark lists.
         question_file: one question file, used instead of those in the folder (POPE, MIHBench, multiple choice).
         image_folder: folder of the images.
-        image_list: for CHAIR: file with one image name or id per line; the images in this order.
+        image_list: for CHAIR: file with one image name or id per line; it determines the images and their order.
         synonyms: for CHAIR: the user's synonym list, one category per line, its words separated by commas.
         chair_pickle: for CHAIR: `chair.pkl` with the ground truth of all images.
         source: for POPE: "coco", "aokvqa" or "gqa".

@@ -50,8 +50,8 @@ def rescore(
         settings: the protocol.
         answer_files: answer files, as for `answer_paths`.
         against: answer files of the run to compare with (for example greedy), over the same questions.
-        partial: score the questions that have answers, and note it, instead of raising.
-        seed: seed of the bootstrap.
+        partial: whether to score only the questions that have answers, instead of raising.
+        resamples, seed: number of resamples and seed of the bootstrap.
         model: name of the model that answered, for the record; by default from the record beside the answers.
 
     Returns:

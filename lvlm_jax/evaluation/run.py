@@ -35,12 +35,12 @@ class Options:
     """The settings of a run that do not belong to its protocol.
 
     Attributes:
-        batch_size: prompts at once.
+        batch_size: number of prompts that are answered together.
         seed: seed of sampling.
         controls: folder for the controls' logs; None for no controls.
         share: the part of the questions that this process answers.
         against: answer files of another run to compare with.
-        resamples, bootstrap_seed: for the intervals.
+        resamples, bootstrap_seed: number of resamples and seed of the bootstrap for the intervals.
         schedule: as in `engine.Work`.
         runs: which of `controls.RUNS` to make; greedy decoding is always made.
     """
@@ -85,7 +85,7 @@ class Run:
     """A benchmark, a model, a method: first `ask`, then `score`. Only asking needs the model.
 
     Attributes:
-        questions: of the benchmark, with their images.
+        questions: questions of the benchmark, with their images.
         about: the record beside the answers.
     """
 
@@ -102,7 +102,7 @@ class Run:
         """Reads the questions.
 
         Args:
-            path, dtype: the model's, for the records.
+            path, dtype: path and number format of the model, for the records.
             out: folder of the run.
 
         Raises:
@@ -239,7 +239,7 @@ def write_answers(out: Path, questions: Sequence[Question], texts: dict, protoco
 
 
 def cost(logged: shares.LoggedAnswers) -> dict:
-    """The cost of answers: mean tokens, the median batch's milliseconds per token, all seconds, device and commit.
+    """The cost of answers: mean tokens, milliseconds per token of the median batch, seconds of all, and the place.
 
     The median is used because the first batch of a shape waits for compilation. Times include images and prompts.
     Commit and machine are those of the batches, joined if they differ, None if they are unknown.

@@ -85,7 +85,7 @@ class Scores:
         return {name: sums[..., i] for i, name in enumerate(self.counts)}
 
     def values(self, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Every figure, [...]."""
+        """The value of every figure, [...]; `weights` as in `totals`."""
         totals = self.totals(weights)
         return {name: figure.compute(totals) for name, figure in self.figures.items()}
 

@@ -1,7 +1,7 @@
 """Several processes that answer one benchmark: which process answers what, with one log each in a shared folder.
 
 The processes do not communicate. Each appends to `NAME.PROCESS.jsonl` and reads all of them, so a killed run may resume
-with another number of processes, and the totals depend on neither number nor order.
+with another number of processes, and the totals depend on neither the number nor the order of the processes.
 
 Processes that share one model (`parallel`, a mesh over the devices of all) answer every question together instead, and
 the first keeps the log.
@@ -33,8 +33,8 @@ class Share:
     """The part of the work that process `index` of `processes` does.
 
     Attributes:
-        together: the processes that JAX has joined do all of the work in step; `index` and `processes` count them as
-            one.
+        together: whether all processes that JAX has joined do the whole work together; `index` and `processes` count
+            them as one.
     """
 
     index: int = 0
@@ -50,10 +50,10 @@ class Share:
 
     @classmethod
     def of(cls, processes: int | None = None, index: int | None = None) -> "Share":
-        """The given numbers; by default those of `jax.distributed`, which are 0 of 1 if it is not set up.
+        """The share with these numbers; by default those of `jax.distributed`, which are 0 of 1 if it is not set up.
 
         Raises:
-            LVLMError: one number without the other, or an index out of range.
+            LVLMError: one number is given without the other, or the index is out of range.
         """
         if (processes is None) != (index is None):
             raise LVLMError("give both the number of processes and the index of this one, or neither")
@@ -82,7 +82,7 @@ class LoggedAnswers:
     """The content of the logs of all processes.
 
     Attributes:
-        answers: by question.
+        answers: the answers, by question.
         batches: the cost of each batch.
     """
 

@@ -56,7 +56,7 @@ def bootstrap(
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """First minus second, its interval, and a two-sided p-value: how often resampling changes the sign, doubled."""
+    """First minus second, its interval, and a two-sided p-value: twice the share of resamples across 0."""
 
     value: float
     interval: tuple[float, float]

@@ -21,8 +21,8 @@ _CELL_LIMIT = threading.Lock()  # the csv module has one limit for all threads
 
 
 def rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """(number from 1, row) of a table file; its ending gives the format. Cells of a TSV are strings, without the empty
-    ones.
+    """(number from 1, row) of a table file; its ending gives the format. Cells of a TSV are strings; empty cells are
+    left out.
 
     Raises:
         LVLMError: the file is malformed, has another ending, or is parquet and pyarrow is not installed.

@@ -20,7 +20,7 @@ def verdict(interval: Sequence[float | None], direction: int, questions: int) ->
     """The verdict on the interval of one figure's difference.
 
     Args:
-        interval: of first minus second; None or nan if undefined.
+        interval: ends of the interval of first minus second; None or nan if undefined.
         direction: 1 if a high value of the figure is good, -1 if a low one is, 0 if neither.
         questions: how many questions the figure is about.
     """
@@ -39,7 +39,7 @@ def questions_behind(figure: str, sizes: Mapping[str, int], correct: Collection[
     """How many questions a figure is about.
 
     Args:
-        figure: its name, "random: F1", "mean: accuracy" or "C_S".
+        figure: name of the figure, such as "random: F1", "mean: accuracy" or "C_S".
         sizes: n of every figure of the run; an F1 may be about fewer answers than there are questions.
         correct: (group, id) of all questions.
     """
@@ -63,6 +63,8 @@ def sentence(
     """A verdict with its figures.
 
     Args:
+        says: the verdict, from `verdict`.
+        first, second: names of the two runs.
         values: values of the figure, first and second, as shown (shares in per cent).
         difference: first minus second and the ends of its interval, as shown.
         count: what the figure is about ("810 questions, 60 images").

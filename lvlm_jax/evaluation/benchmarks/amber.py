@@ -2,10 +2,10 @@
 attribute and relation (to 15220).
 
 Generative figures count the nouns of a description that are in AMBER's word lists:
-  CHAIR  nouns that are neither in the image nor harmless, over all; repeats count
-  Cover  annotated objects that are named
-  Hal    descriptions with such a noun
-  Cog    annotated temptations ("hallu") that are named
+  CHAIR  share of the nouns that are neither in the image nor harmless; repeats count
+  Cover  share of the annotated objects that are named
+  Hal    share of the descriptions with a noun that is neither in the image nor harmless
+  Cog    share of the annotated temptations ("hallu") that are named
 For discriminative figures, "No" is the positive class.
 
 The official scorer finds nouns with nltk's tagger, and also accepts words that spaCy's large English vectors call
@@ -207,7 +207,7 @@ def _first(noun: str, words: Sequence[str], association: Mapping, same: Callable
 
 
 def nouns_judged(question: Question, text: str) -> tuple[list[tuple[str, bool]], set[int], set[int]]:
-    """The nouns in order, each with whether it is hallucinated; and the named objects and temptations."""
+    """The nouns in order, each with whether it is hallucinated; and indices of the named objects and temptations."""
     lists, truth, temptations = (question.extra[name] for name in ("lists", "truth", "temptations"))
     association, similar = lists["association"], similar_words(lists["matching"])
 

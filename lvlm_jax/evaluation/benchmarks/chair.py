@@ -2,10 +2,10 @@
 
 C_S: share of captions with a hallucinated object. C_I: hallucinated mentions over all mentions, repeats counted.
 Recall: share of ground-truth objects that are named, over all images; coverage: the same share per image, averaged. F1:
-harmonic mean of 1 - C_I and recall; F1 (distinct): of the precision of distinct objects and recall. Length counts
-joined words and punctuation marks, as CHAIR's scorer does; the figure "words" omits the marks. Distinct-1 and
-distinct-2: share of a caption's words, and of its pairs of neighbours, that are distinct, averaged over captions; they
-are low for repetitive captions.
+harmonic mean of 1 - C_I and recall; F1 (distinct): harmonic mean of the precision of distinct objects and recall.
+Length counts joined words and punctuation marks, as CHAIR's scorer does; the figure "words" omits the marks.
+Distinct-1 and distinct-2: share of a caption's words, and of its pairs of neighbours, that are distinct, averaged over
+captions; they are low for repetitive captions.
 """
 
 import dataclasses
@@ -154,7 +154,7 @@ class Caption:
     Attributes:
         words: base forms, pairs joined, punctuation marks included.
         mentions: (word, category, whether it is hallucinated) of every object named, in order.
-        plain: the original words, in lower case, without marks.
+        plain: the original words, in lower case, without punctuation marks.
     """
 
     words: list[str]
@@ -172,7 +172,7 @@ def read_caption(question: Question, caption: str, protocol: Protocol) -> Captio
 
 
 def distinct(words: Sequence[str], n: int) -> float:
-    """The share of the runs of n words that are distinct; 0 without any."""
+    """The share of the runs of n words that are distinct; 0 if there are fewer than n words."""
     runs = list(zip(*(words[start:] for start in range(n)), strict=False))
     return len(set(runs)) / len(runs) if runs else 0.0
 
@@ -255,7 +255,7 @@ def _number(written: str) -> str:
 
 
 def captioned(data: Data, rows: Sequence[AnswerRow]) -> Data:
-    """Without an image list, the questions are about the images that have a caption.
+    """The data with the ids of the captioned images in `only`; unchanged if there is an image list.
 
     Raises:
         LVLMError: a caption has no image, or an image has two.

@@ -7,9 +7,9 @@ without a figure.
   qAcc  question pairs answered correctly: one question of a set, over all its figures
   fAcc  figures with all questions answered correctly; questions without a figure are left out
 
-The official scorer asks GPT-4 whether an answer agrees with the reference, and counts "unclear" as correct without a
-figure. Here an answer is parsed for one word, yes or no; an answer without it is wrong, and is counted as unparsed. The
-bootstrap resamples sets instead of images, because a question pair spans the figures of a set.
+The official scorer asks GPT-4 whether an answer agrees with the reference, and counts "unclear" as correct for
+questions without a figure. Here an answer is parsed for one word, yes or no; an answer without it is wrong, and is
+counted as unparsed. The bootstrap resamples sets instead of images, because a question pair spans the figures of a set.
 """
 
 from collections.abc import Mapping, Sequence

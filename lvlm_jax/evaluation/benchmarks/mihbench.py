@@ -1,8 +1,9 @@
-"""Yes/no and one-word questions over several images: MIHBench (existence, count, identity) and the pocket world's.
+"""Yes/no and one-word questions over several images: MIHBench (existence, count, identity) and the pocket
+world's questions.
 
 MIHBench (Li et al. 2025, arXiv 2508.00726): JSON lines over val2014 and CO3D; existence 3 x 800 (random, popular,
-adversarial), count 800, identity 800. The files are found under their published names (`RELEASED`) or those of the
-kinds. The same reader takes the parquet edition, and any rows of `images` (or `image_list`, `image`), `question` (or
+adversarial), count 800, identity 800. A file has its published name (`RELEASED`) or the name of its
+kind. The same reader takes the parquet edition, and any rows of `images` (or `image_list`, `image`), `question` (or
 `text`) and `label`; kinds come from a column `task` or `kind`, else from the file's name.
 """
 

@@ -124,8 +124,8 @@ def blind(questions: Sequence[Question]) -> dict[str, str]:
 
 
 def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
-    """Accuracy, that of the blind constant, and the difference, over all questions and by kind; also margins, if
-    measured."""
+    """The accuracies of the model and of the blind constant and their difference, over all questions and by kind; also
+    margins, if they were measured."""
     by_name = {}
     for heading, prefix in (("", ""), *((f"{group}: ", f"{group}/") for group in groups)):
         total, right, constant = (f"{prefix}{name}" for name in _COUNTED)

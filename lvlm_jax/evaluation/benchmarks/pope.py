@@ -2,7 +2,8 @@
 
 Question files are JSON lines of `question_id, image, text, label`; their name often ends in `.json`. There are two COCO
 files of the random split, with 3000 rows (VCD's) and with 2910 (OPERA's and LLaVA's): the record's hash and the note
-"rows" distinguish them. The yes ratio is that of the answers; lmms-eval prints that of the labels under this name.
+"rows" distinguish them. The yes ratio is the share of yes among the answers; lmms-eval prints the share among the
+labels under this name.
 """
 
 from collections.abc import Mapping, Sequence

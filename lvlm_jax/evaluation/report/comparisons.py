@@ -51,7 +51,7 @@ def restored(run: Run) -> Scores:
 
 
 def compare(runs: Sequence[Run]) -> dict[Run, Comparison | str]:
-    """Every run with a method, minus the same model without one; a string says why there is no difference.
+    """Every run with a method, compared with the same model without one; or a string that says why it is not.
 
     The run without a method must have the same model, protocol, files, images and questions. If there is no such run,
     the comparison that was stored with the scores (`--against`) is used.

@@ -26,7 +26,7 @@ from lvlm_jax.processors.images import open_image
 LONGEST_TEXT = 600  # characters of an answer
 PICTURE_BYTES = 1_900_000  # of all pictures, before base64, which adds a third
 SIDES, QUALITIES = (240, 180, 128, 96, 64), (80, 60, 40)
-# Folders below the data folder, those of all benchmarks: people store the images of several in one.
+# Image folders of all benchmarks below a data folder: people store the images of several benchmarks in one place.
 PLACES = dict.fromkeys((".", *(place for benchmark in BENCHMARKS.values() for place in benchmark.image_places)))
 
 
@@ -45,11 +45,11 @@ class Example:
 
     Attributes:
         baseline: the model without a method.
-        group: its split or subtask.
+        group: split or subtask of the question.
         question: the prompt, or its number if the answer file does not contain it (AMBER).
         without: the answer without a method.
         answers: runs with a method, each with its answer.
-        fixed: whether the answers with a method are right; else the one without is.
+        fixed: whether the answers with a method are right; if not, the answer without a method is right.
         right: the right answer if it is a word; empty for captions.
         pictures: files of the images that were found.
     """

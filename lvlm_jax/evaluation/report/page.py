@@ -30,7 +30,7 @@ def write(
     Args:
         out: the folder of the two files.
         images: folders with the images of the examples.
-        each: fixed and broken examples of a method under a protocol, at most.
+        each: largest number of fixed examples, and of broken ones, of a method under a protocol.
         seed: seed of the choice of examples.
 
     Returns:
@@ -107,7 +107,7 @@ def _plain(section: Section) -> dict:
 
 
 def markdown(title: str, report: Report, sections: Sequence[Section]) -> str:
-    """The same tables in Markdown; the overview as one table for each protocol, which fits a printed page."""
+    """The tables in Markdown. The overview is split into one table for each protocol, which fits a printed page."""
     parts = [f"# {escaped(title)}", escaped(_about(report))]
     parts.append("\n".join(f"- {escaped(protocol)}: {escaped(report.size(protocol))}" for protocol in report.protocols))
     parts.append(f"Marks of differences: {escaped('; '.join(f'{mark} {words}' for _, mark, words in LEGEND))}.")
@@ -131,7 +131,7 @@ def _only(table: Table, protocol: str) -> Table:
 
 
 def pipes(table: Table) -> str:
-    """A Markdown table; each group of rows that has a name begins with a row that says it."""
+    """A Markdown table; a group of rows with a name begins with a row that contains the name."""
     lines = [["", *(_head(column) for column in table.columns)], ["---"] * (len(table.columns) + 1)]
     group = ""
     for row in table.rows:

@@ -45,8 +45,16 @@ class Control:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """The cost of answers, as far as it was recorded: mean tokens of one, milliseconds a token (prompts and images
-    included), the device, prompts at once, seconds of all answers, and the commit and machine they were made with."""
+    """The cost of a run's answers; None for everything that was not recorded.
+
+    Attributes:
+        tokens: mean number of tokens of an answer.
+        milliseconds: time per token of an answer; the time for prompts and images is included.
+        device: kind of the device.
+        batch: number of prompts that were answered together.
+        seconds: time of all answers.
+        commit, machine: the code and the machine that answered.
+    """
 
     tokens: float | None = None
     milliseconds: float | None = None
@@ -67,11 +75,11 @@ class Comparison:
     """A run minus another over the same questions.
 
     Attributes:
-        to: name of the other run, in words.
+        to: name of the other run.
         baseline: the other run; None for a stored comparison.
-        differences: by the names of figures.
+        differences: differences of the figures, by their names.
         only_here, only_there: questions that only one of the two got right.
-        p: of McNemar's exact test.
+        p: p-value of McNemar's exact test.
     """
 
     to: str
@@ -87,16 +95,16 @@ class Run:
     """One scored run.
 
     Attributes:
-        path: its `scores.json`.
-        name: its folder, seen from the folder of the report.
-        protocol: as it was run.
+        path: path of its `scores.json`.
+        name: path of its folder, relative to the folder of the report.
+        protocol: the protocol with the settings of this run.
         record: the record in the scores.
         figures: name -> value, in the order of the benchmark.
-        notes: of the scorer ("unparsed": 3, ...).
+        notes: notes of the scorer ("unparsed": 3, ...).
         counts, units, table: names of the counts [C], images [U], and the counts of each image [U, C].
         correct: (group, id) -> whether the answer was right.
-        controls: by their names.
-        cost: of the answers.
+        controls: the controls of the method, by name.
+        cost: cost of the answers.
         against: the comparison that was made when the run was scored (`--against`).
     """
 
@@ -197,10 +205,10 @@ def _method_words(record: Mapping) -> tuple[str, str]:
 
 
 def collect(folder: Path) -> list[Run]:
-    """All runs below a folder, by their paths. Unreadable scores are left out with a warning that names them.
+    """All runs below a folder, sorted by path. Unreadable scores are left out with a warning that names them.
 
     Raises:
-        LVLMError: it is not a folder, or it contains no readable `scores.json`.
+        LVLMError: `folder` is not a folder, or it contains no readable `scores.json`.
     """
     folder = files.expand(folder)
     if not folder.is_dir():
@@ -226,7 +234,7 @@ def load(path: Path, name: str) -> Run:
     """The run of one `scores.json`.
 
     Raises:
-        LVLMError: it is not JSON, has another form, or was written by a newer version of this package.
+        LVLMError: the file is not JSON, has another form, or was written by a newer version of this package.
     """
     where = f"scores file {str(path)!r}"
     document = files.read_json(path, "scores file")

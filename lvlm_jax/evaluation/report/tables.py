@@ -14,7 +14,7 @@ from lvlm_jax.evaluation.report.comparisons import differing
 from lvlm_jax.evaluation.report.runs import Comparison, Cost, Run
 
 FALLBACK = 4  # figures of a run that has none of the benchmark's headline figures
-LONG = 8  # tokens; of shorter answers no time per token is shown, because the prompt takes most of it
+LONG = 8  # tokens; shorter answers have no time per token, because the prompt takes most of the time
 SHORTER = "captions are {} words shorter ({}), and CHAIR falls with their length: see the length-matched control"
 
 
@@ -32,8 +32,8 @@ class TableRow:
     """A row of a table.
 
     Attributes:
-        group: a model, or a method, whose rows stand together.
-        settings: all of them, which the page folds.
+        group: name of the model or method whose rows stand together.
+        settings: all settings of the method; the page folds them.
         cells: one for each column.
         which: the settings that differ from other rows of the same name.
     """
@@ -69,7 +69,7 @@ class Line:
     """A model with a method, and its run under each protocol: a row of most tables.
 
     Attributes:
-        settings: of the method, all of them.
+        settings: all settings of the method.
         which: the settings that differ from other lines of the same method.
     """
 
@@ -342,7 +342,7 @@ class Report:
         return Table(protocol, tuple(Column(name, protocol) for name in names), tuple(rows))
 
     def cost(self, protocol: str) -> Table:
-        """Tokens of an answer, its time and that of a token, each beside the same model without a method."""
+        """Tokens and time per answer, and time per token; times are compared with the model without a method."""
         names = {"tokens per answer": 0, "prompts at once": 0, "ms per answer": -1, "ms per token": -1}
         rows = []
         for line, run in self.of(protocol):
@@ -384,7 +384,7 @@ class Report:
 
 
 def _timed(own: float | None, plain: float | None, cost: Cost, other: Cost) -> Cell:
-    """Milliseconds, and how many times those of a run without a method they are, if both were timed in the same way."""
+    """Milliseconds, and their ratio to those of a run without a method if both runs were timed in the same way."""
     if own is None:
         return Cell("not recorded")
     if plain is None:
