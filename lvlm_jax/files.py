@@ -100,7 +100,7 @@ def field(row: dict, names: Sequence[str], kinds: type | tuple, where: str):
     """Returns the value of the first of `names` that is in `row`.
 
     Raises:
-        LVLMError: none of them is, or the value has another type; the message begins with `where`.
+        LVLMError: `row` has none of the names, or the value has another type; the message begins with `where`.
     """
     for name in names:
         if name in row:

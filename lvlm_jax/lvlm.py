@@ -184,8 +184,8 @@ class LVLM:
         """Runs the prompt and returns the logits of the first answer token.
 
         Args:
-            max_length: how many tokens the cache must have room for, prompt included; by default the prompt's and 128
-                more.
+            max_length: how many tokens the cache must have room for, prompt included; by default 128 more than the
+                prompt has.
             share_prefix: False runs the whole prompt once per branch, for comparison.
             tap: what each step returns besides logits; True means the attention of the last row in all layers and
                 heads.

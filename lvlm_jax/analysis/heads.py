@@ -42,6 +42,8 @@ def sink_density(
 class Drift(NamedTuple):
     """How each layer's attention to an image compares with that of the early layers and of the best middle layer.
 
+    `drift_curve` defines the symbols.
+
     Attributes:
         noise: cos(p^l, n).
         anchor: cos(p^l, A); zero without an anchor.
@@ -65,14 +67,14 @@ def drift_curve(
         l*  = argmax over l in [0.3 L, 0.6 L] of JSD(p^l, n) · (1 - H(p^l) / ln N)
         A   = relu(p^{l*} - λ n), its largest ρN entries
 
-    The paper describes CLVA's idea without formulas. No layer before the last of those that make up n is a candidate
-    for l*.
+    The paper describes CLVA's idea without formulas. The first layers, which make up n, cannot be l*; only
+    the last of them can.
 
     Args:
         attention: one row's weights on the N tokens of one image. `jax.vmap` over rows or images.
         strength: λ.
         kept_share: ρ; at least one entry is kept.
-        early: how many first layers make up the noise.
+        early: number of first layers that make up the noise n.
 
     Raises:
         LVLMError: the model is so shallow that no layer lies between the early and the late ones.

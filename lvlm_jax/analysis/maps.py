@@ -44,7 +44,7 @@ def token_places(config: FamilyConfig, prompt: Inputs, images: int) -> list[Int[
     in `LVLM.attention`, through all images.
 
     Args:
-        config: the model's.
+        config: the model's configuration.
         prompt: the result of `LVLM.prepare` for the conversation.
         images: number of images in the conversation.
 
@@ -85,8 +85,8 @@ def patch_maps(
 def word_maps(maps: Float[np.ndarray, "T *any"], words: list[Word]) -> Float[np.ndarray, "W *any"]:
     """The mean over each word's tokens: W words from T answer tokens.
 
-    The row of a token is the one that produced it, so a word's map shows where the model looked before it wrote the
-    word.
+    The row of a token is the attention row that produced the token, so a word's map shows where the model looked before
+    it wrote the word.
     """
     if not words:
         return np.zeros((0, *maps.shape[1:]), maps.dtype)

@@ -29,7 +29,7 @@ class Answer:
         name: for example "greedy", or the method's name.
         settings: the method's settings, in words.
         text: the answer.
-        words: its W words.
+        words: the W words of the answer.
         maps: for each image and word, the weights of each layer and head on the image's places, after all edits.
         mass: share of a row's weight on all image columns.
         sinks: `sink_density` of the prompt.
@@ -52,7 +52,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture and what its maps cover, `(left, top, right, bottom)` in its pixels; None for all of it."""
+    """A picture and the region that its maps cover, `(left, top, right, bottom)` in pixels; None for all of it."""
 
     image: Image.Image
     region: tuple[float, float, float, float] | None = None
@@ -90,7 +90,7 @@ def plan(layers: int, heads: int, per_map: int, budget: int) -> tuple[bool, int]
     """Whether single heads are kept, and how many neighbouring layers are averaged, so that maps fit in a budget.
 
     Args:
-        layers, heads: of the model.
+        layers, heads: numbers of layers and heads of the model.
         per_map: bytes of the maps of one layer and head, for all words of all answers.
         budget: bytes for all maps.
     """

@@ -50,7 +50,7 @@ class AnswerLog:
 
         Args:
             record: everything that determines an answer, as JSON values.
-            read: what to keep of an entry.
+            read: maps an entry to its key and the value to keep of it.
             keys: keys of the questions; None allows any.
             record_file: file of the record; None for the first line of the log.
 

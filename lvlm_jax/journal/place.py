@@ -18,7 +18,7 @@ def commit(root: pathlib.Path = ROOT) -> str | None:
     """The first nine digits of a checkout's commit, and "changed" if files differ from it.
 
     Returns:
-        None if the code is not in its own checkout (an installed package), or without git.
+        None if the code is not in its own checkout (an installed package), or if there is no git.
     """
     commands = (("rev-parse", "--short=9", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
     answers = [_git(root, *words) for words in commands]

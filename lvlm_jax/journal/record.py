@@ -73,7 +73,7 @@ def run_record(model_path, dtype: str, method, settings: dict) -> dict:
 
 
 def adapter_record(path: str | None) -> dict:
-    """The record of an adapter, a folder or a hub id; nothing without one."""
+    """The record of an adapter, which is a folder or a hub id; empty if there is no adapter."""
     if path is None:
         return {}
     folder = files.expand(path)

@@ -107,7 +107,7 @@ class App:
             raise ApiError(403, "pages of other servers may not send requests to this one", "wrong_origin")
 
     def _check_key(self, request: Request) -> None:
-        """Compares in constant time; the error says nothing about the given key."""
+        """Compares the given key in constant time; the error says nothing about it."""
         if self._key is None:
             return
         header = request.headers.get("authorization", "").encode("utf-8", "replace")

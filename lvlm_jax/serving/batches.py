@@ -68,7 +68,7 @@ class Batches:
                 self._start(batch)
 
     async def close(self) -> None:
-        """Stops; finished answers are in the logs."""
+        """Stops all batches; finished answers are in their logs."""
         tasks = list(self._running.values())
         for task in tasks:
             task.cancel()

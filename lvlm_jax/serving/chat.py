@@ -70,7 +70,7 @@ class Ask:
     """A parsed request.
 
     Attributes:
-        model: the client's name for it.
+        model: the name by which the client asks for the model.
         conversation: HF chat messages with PIL images.
         images: those of the conversation, in order.
         method: None for plain decoding.
@@ -103,9 +103,11 @@ class Reader:
         hosts: Container[str] = (),
         settled: Callable[[Decoding], Decoding] = lambda decoding: decoding,
     ):
-        """Args:
-        hosts: hosts from which images may be downloaded.
-        settled: fills in settings that a request leaves out (`generation.defaults.with_defaults`).
+        """Makes a reader.
+
+        Args:
+            hosts: hosts from which images may be downloaded.
+            settled: fills in settings that a request leaves out (`generation.defaults.with_defaults`).
         """
         self._catalogue, self._limits, self._hosts, self._settled = catalogue, limits, hosts, settled
 

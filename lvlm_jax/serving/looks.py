@@ -51,7 +51,7 @@ class Looks:
         """The attention page of an answer, as a future.
 
         Raises:
-            ApiError: it is no longer stored, or has no images.
+            ApiError: the answer is no longer stored, or its conversation has no images.
         """
         answer = self._find(name)
         return self._engine.call(lambda: self._page(answer))

@@ -20,8 +20,8 @@ class Compiles:
     """Counts programs that this process compiled or read from the disk cache.
 
     Attributes:
-        total: since the object was made.
-        before: of these, the programs before the server was ready.
+        total: number of programs since the object was made.
+        before: number of programs before the server was ready.
     """
 
     def __init__(self):

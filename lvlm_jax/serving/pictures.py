@@ -37,13 +37,14 @@ def read(address: str, limits: Limits, hosts: Container[str] = (), pixels_left: 
     """The image of an `image_url`, upright RGB.
 
     Args:
-        address: the address.
+        address: the data URI or the address on the internet.
         limits: limits on bytes and pixels.
         hosts: hosts from which images may be downloaded.
         pixels_left: pixels that remain for this image within the request's limit.
 
     Raises:
-        ApiError: the address is not allowed or unreadable (400), too many bytes or pixels (413).
+        ApiError: the address is not allowed or unreadable (400), the image has too many bytes or pixels (413), or the
+            address is not a string (422).
     """
     if not isinstance(address, str):
         raise ApiError(422, "image_url has no url; expected a string", param="messages")

@@ -1,7 +1,7 @@
 """Prefills a laid-out prompt; image tokens and prompt prefixes are cached and reused.
 
-A prefix is cached if no method of the request edits its rows and all branches read the same prompt. It depends on the
-model alone, so a request with another method, or none, can reuse it.
+A prefix is cached if the request's method does not edit the prefix's rows and all branches read the same prompt. Such a
+prefix depends on the model alone, so a request with another method, or none, can reuse it.
 """
 
 import dataclasses

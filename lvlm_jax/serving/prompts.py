@@ -78,7 +78,7 @@ class Prompt:
         return first.padded(self.before, 0), np.pad(rest, (self.behind - len(rest), 0))[None]
 
     def places(self) -> np.ndarray:
-        """For each column of `laid_out`, its column in both `parts`; arbitrary for padding. `Int[T]`."""
+        """For each column of `laid_out`, its column in the concatenated `parts`; arbitrary for padding. `Int[T]`."""
         total, length = self.before + self.behind, self.length
         token = np.arange(total) - (total - length)
         first = self.before - self.cut + token

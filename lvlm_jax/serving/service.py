@@ -31,7 +31,7 @@ class Service:
     """A model that answers requests.
 
     Attributes:
-        catalogue, limits, engine, compiles, metrics, looks, prompts, reader: its parts.
+        catalogue, limits, engine, compiles, metrics, looks, prompts, reader: parts of the service.
         ready: whether programs are compiled and the server is not shutting down.
     """
 
@@ -116,10 +116,10 @@ class Service:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Counts a client's request while it arrives and is parsed; their number is limited.
+        """Counts a client's request while it arrives and is parsed; the number of such requests is limited.
 
         Raises:
-            ApiError: there are too many.
+            ApiError: too many requests arrive or are parsed.
         """
         if self._reading >= self.limits.queue:
             raise ApiError(429, "too many requests are being read; try again in 1 s", "queue_full", retry_after=1)
@@ -137,7 +137,7 @@ class Service:
         If the caller stops early, unfinished answers are cancelled and their rows freed.
 
         Raises:
-            ApiError: too many requests wait (429), no answer in time (503), or an answer failed (400, 500).
+            ApiError: too many requests wait (429), an answer is late (503), or an answer failed (400, 500).
         """
         loop, events = asyncio.get_running_loop(), asyncio.Queue()
 

@@ -53,7 +53,7 @@ class Store:
         """The object of a kind, "file" or "batch", with this id.
 
         Raises:
-            ApiError: there is none.
+            ApiError: there is no such object.
         """
         path = self.path(id, ".json")
         if not id.startswith(kind) or not path.is_file():
@@ -91,7 +91,7 @@ class Store:
         """The content of a file.
 
         Raises:
-            ApiError: there is none.
+            ApiError: there is no file with this id.
         """
         self.load(id, "file")
         return self.path(id, ".jsonl").read_bytes()
@@ -100,7 +100,7 @@ class Store:
         """Removes a file.
 
         Raises:
-            ApiError: there is none.
+            ApiError: there is no file with this id.
         """
         self.load(id, "file")
         for suffix in (".json", ".jsonl"):

@@ -16,7 +16,7 @@ from lvlm_jax.serving.service import Service
 from lvlm_jax.serving.work import Priority
 
 SIDE = 336  # pixels of an image for warming up
-WORDS = (1, 12, 40, 160, 600, 2400)  # in prompts; together they lead to every number of columns after the images
+WORDS = (1, 12, 40, 160, 600, 2400)  # words in prompts; these lead to every number of columns after the images
 GREEDY = {"max_tokens": 12}
 DRAWN = {"max_tokens": 4, "temperature": 1.0, "top_p": 0.9, "logprobs": True, "top_logprobs": 1, "seed": 0}
 

@@ -28,8 +28,8 @@ class Update(NamedTuple):
     """An answer so far.
 
     Attributes:
-        text: empty before the end, unless the job streams.
-        tokens, logprobs: those of the answer.
+        text: the text so far.
+        tokens, logprobs: the tokens so far, and their log-probabilities in nats.
         top, top_logprobs: the most likely tokens of each step, `[T, K]`; None unless requested.
         reason: "stop" or "length"; None while the answer is unfinished.
     """
@@ -53,7 +53,7 @@ class Job:
         tell: called by the engine's thread with every `Update`, or with the error.
         pieces: whether text is needed before the end (streaming).
         wants_top: whether to keep the most likely tokens of every step.
-        deadline: in `time.monotonic`.
+        deadline: the latest time of the answer, in `time.monotonic`.
         priority: order among jobs.
         cancelled: anybody may set it; the engine then drops the job silently.
         arrived, began: the times of arrival and of the first token.
@@ -73,7 +73,7 @@ class Job:
 
     @property
     def structure(self) -> Any:
-        """The common settings of the jobs of one lane."""
+        """The structure of the method, which all jobs of one lane share."""
         return jax.tree.structure(self.method)
 
 
