@@ -139,7 +139,7 @@ class CachedJit:
         return self._jitted(compiler_options=GPU_OPTIONS) if on_gpu else self._jitted()
 
     def _key(self, arguments: tuple, keywords: dict[str, Any]) -> Hashable:
-        """The key of a program, apart from the parameters: static arguments, structure and shapes of the others."""
+        """The key of a program: static arguments, and structure and shapes of the others; `params` does not count."""
         static, traced = [], []
         for name, value in (*zip(self._names, arguments, strict=False), *keywords.items()):
             if name in self._static:

@@ -63,7 +63,7 @@ def one_line(message: object) -> str:
 
 
 def _shorten_middle(text: str, longest: int) -> str:
-    """Keeps the beginning and the end: they say what was given and what to do."""
+    """Keeps the beginning and the end of a message, which say what was given and what to do."""
     if len(text) <= longest:
         return text
     end = longest // 2 - len(GAP)

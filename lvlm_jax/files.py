@@ -73,7 +73,7 @@ def read_json(path: Path, what: str, kind: type = object) -> Any:
 
 
 def read_rows(path: Path, what: str) -> list[tuple[int, dict]]:
-    """Reads the objects of a JSON-lines file or of one JSON list, each with its number (from 1; empty lines count)."""
+    """Reads the objects of a JSON-lines file or of one JSON list, with numbers from 1; empty lines count."""
     text = read_text(path, what)
     if text.lstrip().startswith("["):
         rows = list(enumerate(read_json(path, what), start=1))
@@ -117,7 +117,7 @@ def _kinds(kinds: type | tuple) -> str:
 
 
 def unique(keys: set, key, where: str) -> None:
-    """Adds `key` to `keys`. Raises `LVLMError` if it is already in there."""
+    """Adds `key` to `keys`. Raises `LVLMError` if `keys` has it already."""
     if key in keys:
         text = key if isinstance(key, (str, int)) else " ".join(map(str, key))
         raise LVLMError(f"{where}: id {text} occurs twice; every id must occur once")

@@ -105,7 +105,7 @@ class LVLM:
 
     @cached_property
     def processor(self) -> Any:
-        """The checkpoint's transformers processor, loaded on first use. Raises `LVLMError` if there is none."""
+        """The checkpoint's transformers processor, loaded on first use. Raises `LVLMError` if it has none."""
         if self.folder is None:
             raise LVLMError("this model was not read from a folder, so it has no processor; prepare arrays")
         return load.load_processor(self.folder, self.config)
@@ -131,7 +131,7 @@ class LVLM:
         return self.params, self.config, self.prepare(messages), self._method(method)
 
     def _settled(self, decoding: Decoding, choice: str | None = None) -> Decoding:
-        """Fills in the checkpoint's settings where `generation_config` (of the call or the model) asks for them."""
+        """Fills in the checkpoint's settings if `choice` (by default the model's) is "checkpoint"."""
         return defaults.with_defaults(decoding, choice or self.generation_config, self.folder)
 
     def prepare(self, messages: inputs.Messages | Inputs) -> Inputs:
@@ -300,7 +300,7 @@ class LVLM:
         stop: str | Sequence[str] = (),
         stop_token_ids: Sequence[int] | None = None,
     ) -> Iterator[str]:
-        """Yields the answer to one conversation piece by piece; otherwise as `generate`."""
+        """Yields the answer to one conversation piece by piece. Arguments and errors are those of `generate`."""
         decoding = Decoding(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop, stop_token_ids)
         return streaming.stream(*self._call(messages, method), self._settled(decoding), self.host)
 

@@ -10,7 +10,7 @@ from lvlm_jax.errors import LVLMError
 
 
 def blank(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches, with a layout that avoids overlaps."""
+    """An empty figure of `width` and `height` inches; its layout avoids overlaps."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

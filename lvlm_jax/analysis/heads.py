@@ -46,9 +46,9 @@ class Drift(NamedTuple):
 
     Attributes:
         noise: cos(p^l, n).
-        anchor: cos(p^l, A); zero without an anchor.
+        anchor: cos(p^l, A); zero if A is zero.
         gate: clip(noise - anchor, 0, 1), the drift on which CLVA acts in its late layers, here for every layer; zero
-            without an anchor.
+            if A is zero.
         anchor_layer: l*.
     """
 

@@ -68,7 +68,7 @@ class Looker:
         self.pictures = [page.Picture(image, overlay.seen_region(*image.size, fit)) for image in images]
 
     def tokens(self, method: Method | None, answer_text: str | None = None, longest: int = 128) -> list[int]:
-        """The tokens of the answer: those of the given text, or at most `longest` greedily generated ones."""
+        """The tokens of the answer: those of `answer_text`, or at most `longest` tokens that are generated greedily."""
         if answer_text is None:
             return self._model.generate(self._prompt, method=method, max_new_tokens=longest).tokens[0]
         return list(self._model.processor.tokenizer(answer_text, add_special_tokens=False)["input_ids"])

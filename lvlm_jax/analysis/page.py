@@ -87,7 +87,7 @@ def build(title: str, question: str, pictures: Sequence[Picture], answers: Seque
 
 
 def plan(layers: int, heads: int, per_map: int, budget: int) -> tuple[bool, int]:
-    """Whether single heads are kept, and how many neighbouring layers are averaged, so that maps fit in a budget.
+    """Whether a page has maps of single heads, and how many neighbouring layers it averages, to stay in a budget.
 
     Args:
         layers, heads: numbers of layers and heads of the model.
@@ -103,7 +103,7 @@ def plan(layers: int, heads: int, per_map: int, budget: int) -> tuple[bool, int]
 
 
 def share_of(size: tuple[int, int], region: tuple[float, float, float, float] | None) -> list[float]:
-    """Left, top, width and height of a region of a picture, as shares of the picture; None is all of it."""
+    """Left, top, width and height of a region of a picture, as shares of the picture; None is the whole picture."""
     width, height = size
     left, top, right, bottom = region or (0, 0, width, height)
     return [left / width, top / height, (right - left) / width, (bottom - top) / height]

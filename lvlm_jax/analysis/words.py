@@ -28,8 +28,8 @@ class Word:
 def words_of(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> tuple[str, list[Word]]:
     """The text of an answer and its words.
 
-    `decode` turns token ids into text. It does not matter how the tokenizer marks the beginning of a word. Special
-    tokens belong to no word, and a token may belong to two.
+    `decode` turns token ids into text. Words do not depend on how the tokenizer marks the beginning of a word. Special
+    tokens belong to no word, and a token may belong to two words.
     """
     text = decode(tokens)
     # End of the text after each token; the text of a token lies between two of these.

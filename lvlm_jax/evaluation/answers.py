@@ -160,7 +160,7 @@ class AnswerFormat:
 
 
 def _block(row: AnswerRow) -> int:
-    """The block that an id lies in, for a file with several groups; 0 for the first block and for other ids."""
+    """The number of the block of `AnswerFormat.blocks` to which the id belongs; 0 for ids that belong to no block."""
     return int(row.id) // BLOCK if row.id and row.id.isdecimal() and row.id.isascii() and len(row.id) < 10 else 0
 
 
@@ -292,7 +292,7 @@ def complete(questions: Sequence[Question], answers: Answers) -> None:
 
 
 def _same(question: Question, row: AnswerRow) -> bool:
-    """Whether the images and the prompt of a row, if any, equal those of the question."""
+    """Whether the images and the prompt of a row, if it has them, belong to the question."""
     # Without folders and endings: COCO's number occurs as .jpg and as .png.
     names = {Path(name).stem for name in question.image_names}
     if not all(Path(name).stem in names for name in row.images):

@@ -93,7 +93,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         raise LVLMError(f"it asks for {module}.{name}, which no CHAIR scorer needs and which may do harm")
 
     def _reconstruct(self, kind: type, base: type, state):
-        """`copyreg._reconstructor`, for the replacement class alone."""
+        """Does the work of `copyreg._reconstructor`, for the replacement class alone."""
         if kind is not self.scorer or base is not object:
             raise LVLMError("it builds an object that no CHAIR scorer has")
         return self.scorer()
@@ -144,7 +144,7 @@ def _word(value) -> str:
 
 
 def annotation_files(data: Data) -> dict[str, list[Path]]:
-    """COCO's instances and captions: those of 2014 if there are any, else all."""
+    """COCO's files of instances and captions: those of 2014 if there are any, else all."""
     folder = folders.data_folder(data)
     for place in PLACES:
         by_kind = {
@@ -163,7 +163,7 @@ def annotation_files(data: Data) -> dict[str, list[Path]]:
 
 
 def lexicon_of(data: Data, synonym_list: str, categories: list[str]) -> Lexicon:
-    """The user's synonym list, which must cover all categories; without one, the category names."""
+    """The user's synonym list, which must cover all categories; if there is none, the names of the categories."""
     if data.synonyms is None:
         return plain_lexicon(categories)
     path = files.existing_file(data.synonyms, "synonym list")

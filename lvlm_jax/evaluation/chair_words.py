@@ -61,7 +61,7 @@ _TOKEN = re.compile(r"\w+(?:[-/'’]\w+)*|[^\w\s]")
 
 
 def tokens(text: str) -> list[str]:
-    """Words and punctuation marks of a text, case kept; "dog's" is two, "black-and-white" one."""
+    """Words and punctuation marks of a text; case stays. "dog's" is two words, "black-and-white" is one."""
     words = []
     for token in _TOKEN.findall(text):
         token = token.replace("’", "'")
@@ -179,8 +179,9 @@ def parse_synonyms(text: str, repair: bool, origin: str) -> Lexicon:
     """Parses a synonym list: one category per line, words separated by a comma and a blank.
 
     Args:
-        repair: correct blanks and capitals, and treat pairs of words as one word even if CHAIR's own list of pairs
-            lacks them.
+        repair: whether to correct blanks and capitals, and to treat pairs of words as one word even if CHAIR's own
+            list of pairs lacks them.
+        origin: source of the list, for the record.
 
     Raises:
         LVLMError: a word stands for two categories, or there are no categories.
@@ -206,7 +207,7 @@ def parse_synonyms(text: str, repair: bool, origin: str) -> Lexicon:
 
 
 def plain_lexicon(categories: Iterable[str]) -> Lexicon:
-    """Only category names, if the user gives no synonym list; names of two words count as pairs."""
+    """The lexicon of category names alone, for use without a synonym list; names of two words count as pairs."""
     categories = list(categories)
     pairs = {name: name for name in categories if name.count(" ") == 1}
     return Lexicon({name: name for name in categories}, DOUBLE_WORDS | pairs, "category names, no synonyms")

@@ -70,7 +70,7 @@ class PlausibilityCut(Method):
 
 
 def own_cut(method: Method) -> float:
-    """β of a method's plausibility cut (in a chain, of the first member with one); 0.1 without one."""
+    """β of a method's plausibility cut, or of the first cut in a chain of methods; 0.1 if there is no cut."""
     for member in method.members if isinstance(method, Chained) else (method,):
         for field in dataclasses.fields(member):
             if field.metadata.get("doc", "").startswith("plausibility cut"):

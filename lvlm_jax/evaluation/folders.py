@@ -30,7 +30,7 @@ def chosen_groups(data: Data, known: Sequence[str], what: str, kind: str = "grou
 
 
 def data_folder(data: Data) -> Path:
-    """`data.folder` as an existing folder."""
+    """The path of `data.folder`. Raises `LVLMError` if it is not a folder."""
     folder = files.expand(data.folder)
     if not folder.is_dir():
         raise LVLMError(f"data folder {str(folder)!r} is not a folder; give the one with the benchmark")

@@ -47,7 +47,7 @@ def points(method: Method, axes: Sequence[str]) -> list[Point]:
 
 
 def strengths(method: Method) -> dict[str, tuple[int, str]]:
-    """Name -> (index of the member, field) of every strength. If several members have it, the name is "vaf.enhance"."""
+    """Name -> (index of the member, field) of every strength; if several members have it, its name is as "vaf.enhance"."""
     members = getattr(method, "members", (method,))
     fields = [
         (index, field.name)
@@ -85,7 +85,7 @@ class GridQuestion:
 
 
 def of_prompts(texts: Sequence[str], images: Sequence[str]) -> list[GridQuestion]:
-    """Questions about the same images, numbered from 0."""
+    """Questions about the same images; their ids are numbers from 0."""
     return [GridQuestion(number, conversation(images, text)) for number, text in enumerate(texts)]
 
 

@@ -63,7 +63,7 @@ def added(
     margins: Mapping[Key, float],
     protocol: Protocol,
 ) -> Scores:
-    """Scores with the margins of their questions; unchanged if a question has no margin."""
+    """Adds the margins of questions to their scores; returns `scores` unchanged if a question has no margin."""
     if not questions or not all(question.key in margins for question in questions):
         return scores
     groups = list(dict.fromkeys(question.group for question in questions))

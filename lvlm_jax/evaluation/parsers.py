@@ -17,7 +17,7 @@ _YES_OR_NO = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
 
 
 def official(text: str, label: str) -> str:
-    """Parser of POPE and LLaVA: "No", "no" or "not" in the first sentence, without commas, means no; else yes."""
+    """Parser of POPE and LLaVA: "No", "no" or "not" in the first sentence means no, else yes; commas are removed."""
     words = text.partition(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"}.intersection(words) else "yes"
 
@@ -49,7 +49,7 @@ def strict(text: str, label: str) -> str | None:
 
 
 def first_four(text: str, label: str) -> str | None:
-    """MME's parser: "yes", else "no", somewhere in the first four characters."""
+    """MME's parser: "yes" if the first four characters contain it, else "no" if they contain that, else None."""
     head = text.lower()[:4]
     return "yes" if "yes" in head else "no" if "no" in head else None
 

@@ -92,7 +92,7 @@ def get(name: str) -> Protocol:
 
 
 def files_hash(paths: Sequence[Path]) -> str:
-    """SHA-256 of one file; for several, of their names and contents in sorted order."""
+    """SHA-256 of one file; SHA-256 of the sorted names and content hashes of several files."""
     if len(paths) == 1:
         return file_hash(paths[0])
     digest = hashlib.sha256()

@@ -48,12 +48,12 @@ class Question:
 
 
 def image_name(image: Path | bytes) -> str:
-    """A file's name; for an encoded image the beginning of its SHA-256."""
+    """The name of a file; for an encoded image, the beginning of its SHA-256."""
     return hashlib.sha256(image).hexdigest()[:16] if isinstance(image, bytes) else image.name
 
 
 def listed_name(image: Path | bytes) -> str:
-    """As `image_name`, with the folders before the name in a question file ("vase/64_439/frame001.jpg")."""
+    """The path of an image in a question file ("vase/64_439/frame001.jpg"); otherwise as `image_name`."""
     return image_name(image) if isinstance(image, bytes) or image.is_absolute() else image.as_posix()
 
 

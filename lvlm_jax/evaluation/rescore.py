@@ -72,7 +72,7 @@ def rescore(
     questions = data.limited(everything)
 
     def matched(rows: Sequence[answers.AnswerRow]) -> answers.Answers:
-        """Answers to the questions within the limit; a file may have more."""
+        """The answers in `rows` by question; every question within the limit must have one, unless `partial`."""
         all_answers = answers.match(everything, rows, True, settings.groups)
         if not partial:
             answers.complete(questions, all_answers)
@@ -180,7 +180,7 @@ def report(scores: Scores, resamples: int = statistics.RESAMPLES, seed: int = 0)
 
 
 def compare(first: Scores, second: Scores, resamples: int = statistics.RESAMPLES, seed: int = 0) -> dict:
-    """First minus second for every figure, with a paired interval, and McNemar's test over the questions."""
+    """The difference first minus second of every figure, with a paired interval; and McNemar's test over questions."""
     differences = statistics.paired_bootstrap(first, second, resamples, seed)
     test = statistics.mcnemar(first.correct, second.correct)
     return {
@@ -225,7 +225,7 @@ def judged(
 
 
 def table(document: dict) -> str:
-    """The figures as a table for a terminal, shares in per cent."""
+    """The figures as a table for a terminal; shares are in per cent."""
     figures = document["figures"]
     against = document.get("against", {}).get("differences", {})
     wide = max(map(len, figures), default=0)

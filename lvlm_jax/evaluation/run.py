@@ -69,7 +69,7 @@ class RunPart:
     work: Work
 
     def logged(self) -> shares.LoggedAnswers:
-        """The answers so far, of all processes."""
+        """The answers that all processes have logged so far."""
         return shares.read(self.work.folder, "log", self.work.record, self.questions)
 
     def complete(self) -> bool:

@@ -80,7 +80,7 @@ class Scores:
     notes: Mapping[str, object]
 
     def totals(self, weights: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Sums over images, [...]; with `weights` [..., U], how often each image counts."""
+        """Sums over images, [...]. `weights` [..., U] says how often each image counts; None counts each once."""
         sums = self.table.sum(axis=0) if weights is None else weights @ self.table
         return {name: sums[..., i] for i, name in enumerate(self.counts)}
 
@@ -112,7 +112,7 @@ class Tally:
             row[name] += count
 
     def scores(self, counts: Sequence[str], figures: Mapping[str, Figure], notes: Mapping) -> Scores:
-        """The scores; images in the order of their first question; `counts` that never occurred are zeros."""
+        """The scores, with images in the order of their first question; a count that never occurred is 0."""
         table = np.array([[row[name] for name in counts] for row in self._counts.values()], float)
         return Scores(
             tuple(self._counts),

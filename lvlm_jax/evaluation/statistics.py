@@ -20,7 +20,7 @@ _CHUNK = 256  # resamples at a time: 256 by 3000 images are 6 MB
 
 
 def _weights(units: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each image was drawn, [at most _CHUNK, units] at a time; each row sums to `units`."""
+    """Yields how often each image is drawn, for at most _CHUNK resamples at a time, [resamples, units]."""
     if resamples < 1:
         raise LVLMError(f"{resamples} resamples asked for; expected 1 or more")
     rng = np.random.default_rng(seed)
@@ -31,7 +31,7 @@ def _weights(units: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _resampled(scores: Scores, resamples: int, seed: int) -> dict[str, np.ndarray]:
-    """Every figure of every resample, [resamples]."""
+    """The values of every figure in all resamples, [resamples]."""
     if not scores.units:
         raise LVLMError("nothing was scored, so there is nothing to resample; give at least one answer")
     parts = [scores.values(weights) for weights in _weights(len(scores.units), resamples, seed)]
@@ -50,7 +50,7 @@ def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
 def bootstrap(
     scores: Scores, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
 ) -> dict[str, tuple[float, float]]:
-    """Confidence interval (low, high) of every figure, images drawn with replacement; nan if always undefined."""
+    """Confidence interval (low, high) of every figure from resampled images; nan if the figure is never defined."""
     return {name: _interval(values, level) for name, values in _resampled(scores, resamples, seed).items()}
 
 

@@ -79,7 +79,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def as_list(value, where: str) -> list:
-    """A list, possibly written as text (JSON or Python); a single value becomes a list of one."""
+    """A list from a list, from the text of a list (JSON or Python), or from a single value."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         for parse in (json.loads, ast.literal_eval):
             try:

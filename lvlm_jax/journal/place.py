@@ -49,7 +49,7 @@ def in_history(recorded: str, root: pathlib.Path = ROOT) -> bool | None:
 
 
 def _git(root: pathlib.Path, *words: str) -> subprocess.CompletedProcess | None:
-    """The outcome of a git command in a checkout; None without a checkout or git."""
+    """The result of a git command in a checkout; None if there is no checkout or no git."""
     if not (root / ".git").exists():
         return None
     try:

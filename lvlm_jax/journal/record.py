@@ -59,7 +59,7 @@ def model_hash(folder, adapter=None) -> str:
 
 
 def run_record(model_path, dtype: str, method, settings: dict) -> dict:
-    """Everything that determines the answers of a run, as plain JSON values; a hub id is recorded only by name."""
+    """Everything that determines the answers of a run, as plain JSON values; a model of the hub has only its id."""
     folder = pathlib.Path(model_path)
     return {
         "version": __version__,

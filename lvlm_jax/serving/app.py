@@ -126,7 +126,7 @@ class App:
         return JSONResponse(api_error.body, 500)
 
     async def _body(self, request: Request, limit: int) -> bytes:
-        """The body of a request, up to a size limit and a time limit."""
+        """The body of a request. Raises `ApiError` if it has more than `limit` bytes or arrives too late."""
         too_large = ApiError(413, f"the body has more than {limit >> 20} MiB", "request_too_large")
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > limit:

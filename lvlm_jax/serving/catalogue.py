@@ -53,7 +53,7 @@ class Catalogue:
             self._words[alias] = words if _of_registry(words) else None
 
     def models(self) -> list[str]:
-        """Names that a client can choose: the model, the aliases, the model with each method at its defaults."""
+        """Names that a client can choose: the model, the aliases, and the model with each method at its defaults."""
         methods = [] if self._only else registry.names()
         return [self.name, *self.aliases, *(f"{self.name}+{method}" for method in methods)]
 

@@ -29,7 +29,7 @@ class Strict(pydantic.BaseModel):
 
 
 class StreamOptions(Strict):
-    """OpenAI's `stream_options`: whether a stream ends with the usage."""
+    """OpenAI's `stream_options`: whether a stream ends with the token counts."""
 
     include_usage: bool = False
 

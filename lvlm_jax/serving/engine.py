@@ -148,7 +148,7 @@ class Engine:
                 self._tell(job, update)
 
     def _sort_in(self) -> None:
-        """Moves jobs from the inbox to their lanes, interactive ones before batches; late ones get an error."""
+        """Moves jobs from the inbox to their lanes, interactive jobs before batch jobs; late jobs get an error."""
         time_now = time.monotonic()
         with self._changed:
             jobs, later = list(self._inbox), []
@@ -177,7 +177,7 @@ class Engine:
         return job.deadline < now
 
     def _lane(self, structure: Any) -> Lane | None:
-        """The lane for a structure of methods; None while all lanes are busy with other structures."""
+        """The lane for methods of a structure; None while all lanes are busy with other structures."""
         if structure in self._lanes:
             self._lanes[structure] = lane = self._lanes.pop(structure)
             return lane

@@ -50,7 +50,7 @@ class Lane:
         return bool(self.waiting or self.under_way)
 
     def enqueue(self, job: Job) -> None:
-        """Queues a job, interactive ones before batches."""
+        """Queues a job; interactive jobs come before those of batches."""
         place = len(self.waiting)
         while place and self.waiting[place - 1].priority > job.priority:
             place -= 1

@@ -27,7 +27,7 @@ class KeptAnswer(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes of its images."""
+        """Bytes of the images, as RGB pixels."""
         return sum(3 * image.width * image.height for image in self.images)
 
 
@@ -83,7 +83,7 @@ class Looks:
         ])  # fmt: skip
 
     def _maps(self, stored: KeptAnswer) -> dict[str, Any]:
-        """The mean over layers and heads; all images packed one after another for each word (`page.pack`)."""
+        """Maps averaged over layers and heads; those of all images are packed one after another (`page.pack`)."""
         model = self._model
         prompt = model.prepare(stored.conversation)
         places = analysis.token_places(model.config, prompt, len(stored.images))

@@ -170,7 +170,7 @@ class Prefill:
         return decode_loop.prefill(model.params, model.config, reads, method, **fixed_options)
 
     def _image_tokens(self, prompt: Prompt, edit: TowerEdit | None = None) -> Any | None:
-        """The tower's output for the images: one by one if they do not depend on each other."""
+        """The tower's output for the images; images that do not depend on each other are encoded one by one."""
         inputs, model = prompt.inputs, self._model
         if inputs.pixels is None:
             return None

@@ -140,7 +140,7 @@ def _keys(prompt: Inputs, config: Any) -> tuple[bytes, ...]:
 
 
 def fixed(config: Any, prompt: Inputs) -> bool:
-    """Whether the tokens of every image depend on nothing else."""
+    """Whether the tokens of every image depend on that image alone."""
     return (
         config.tokens_per_image is not None
         and not prompt.geometry

@@ -64,12 +64,12 @@ class Reply:
     def chunk(
         self, index: int, delta: dict[str, Any], logprobs: dict | None = None, reason: str | None = None
     ) -> dict[str, Any]:
-        """A chunk of one choice."""
+        """A chunk of one choice (one of the answers to a request)."""
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self._head("chat.completion.chunk") | {"choices": [choice]}
 
     def last(self, answers: Sequence[Update]) -> dict[str, Any]:
-        """The chunk with the token counts."""
+        """The last chunk, which has the token counts."""
         head = self._head("chat.completion.chunk")
         return head | {"choices": [], "usage": self.usage(answers), "lvlm": self.extra}
 
@@ -102,7 +102,7 @@ class Pieces:
         self._tokens = 0  # with log-probabilities already sent
 
     def first(self) -> dict[str, Any]:
-        """The chunk with the role."""
+        """The first chunk, which has the role."""
         return self._reply.chunk(self._index, {"role": "assistant", "content": ""})
 
     def chunks(self, update: Update) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ class Service:
         self.engine.start()
 
     def stop(self) -> None:
-        """Ends everything."""
+        """Ends the engine and the pool of threads."""
         self.ready = False
         self.engine.stop()
         self.prompts.close()
@@ -188,7 +188,7 @@ class Service:
         )
 
     async def whole(self, ask: Ask, prompt: Prompt, priority: Priority = Priority.PERSON) -> dict[str, Any]:
-        """A chat completion, as JSON."""
+        """A complete chat completion as JSON values; errors as in `updates`."""
         reply = self.reply(ask, prompt)
         answers = await self.answers(ask, prompt, priority)
         self._look(ask, reply, answers)

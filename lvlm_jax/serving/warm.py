@@ -47,7 +47,7 @@ def _ask(service: Service, method: Method | None, settings: dict):
 
 
 def _prompts(service: Service) -> list[Prompt]:
-    """Prompts with up to `warm_images` images, and every number of columns after them up to `warm_text`."""
+    """Prompts with up to `warm_images` images; after these, every number of columns up to that of `warm_text`."""
     picture = Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8))
     longest = columns_behind(service.limits.warm_text)
     prompts: dict[tuple, Prompt] = {}

@@ -76,7 +76,7 @@ class Stop:
 
 
 class Tally:
-    """Sums of metrics since the last line of the log, as Python numbers: exact in a checkpoint's JSON."""
+    """Sums of metrics since the last line of the log, as Python numbers, which JSON stores exactly."""
 
     def __init__(self, sums: Mapping[str, list[float]] | None = None):
         self.sums = {name: list(pair) for name, pair in (sums or {}).items()}
@@ -175,7 +175,7 @@ def train(
                 monitor.show(values)
 
         def judged(step: int) -> dict[str, float]:
-            """Logs metrics of held-out data and of answers to held-out prompts."""
+            """Computes and logs the metrics of held-out data and of answers to held-out prompts."""
             with jax.set_mesh(mesh):
                 metrics_found = _evaluated(task, state.trainable, frozen)
                 answers = task.answer(state.trainable, frozen) if task.answer else ()
@@ -239,7 +239,7 @@ def _begin(
     transformation: Any,
     shardings: State,
 ) -> tuple[State, Mapping]:
-    """The newest checkpoint and its record, or step 0 and an empty record."""
+    """The newest checkpoint and its record; without a checkpoint, the initial state and an empty record."""
     restored = saved.restore(template, identity)
     if restored is not None:
         return restored

@@ -25,7 +25,7 @@ class Mean(NamedTuple):
 def cross_entropy(
     logits: Float[Array, "*T V"], targets: Int[Array, "*T"], mask: Bool[Array, "*T"] | Float[Array, "*T"]
 ) -> Mean:
-    """Cross entropy in nats over the targets that `mask` selects (or weights)."""
+    """Cross entropy in nats over the targets; `mask` selects or weights them."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     weight = mask.astype(jnp.float32)

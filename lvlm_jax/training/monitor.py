@@ -86,7 +86,7 @@ class Pace:
         self._began, self._steps, self._tokens = now, 0, 0
 
     def count(self, tokens: int) -> None:
-        """Counts one step."""
+        """Counts one step and its tokens."""
         self._steps += 1
         self._tokens += tokens
 
@@ -197,7 +197,7 @@ class Monitor:
         self._progress.update()
 
     def write(self, step: int, values: Mapping[str, float], answers: Sequence[Answer] = ()) -> None:
-        """Writes a record of `values`, and of answers, after `step`."""
+        """Writes `values` and answers as the record of `step`."""
         if self._events is None:
             return
         # Nine digits distinguish any two float32 numbers.

@@ -126,14 +126,14 @@ class Scorer:
         return logprobs.reshape(shape), mask.reshape(shape)
 
     def in_one_row(self, batch: Batch) -> bool:
-        """Whether chosen and rejected answers of a batch share one prompt in a row, see `one_row`; static."""
+        """Whether the two answers of a pair share one prompt in one row (`one_row`); the same for a whole batch."""
         if self.sequences != PAIR or any(pictures_of(name) in batch for name in PAIR):
             return False
         length, answer = (batch[PAIR[0]][name].shape[1] for name in ("tokens", "columns"))
         return one_row.pays(self.module.config, self.module.dtype, self.method, length, answer)
 
     def alone(self, params: Any, batch: Batch) -> Float[Array, "B S A"]:
-        """`logprobs` of a batch, starting from its images, without dropout."""
+        """The log-probabilities that `logprobs` returns, from the images of a batch, without dropout."""
         return self.logprobs(params, batch, self.image_tokens(params, batch))[0]
 
     def beside_reference(

@@ -36,7 +36,7 @@ def of_parameters(params: Any, mesh: Mesh) -> Any:
 
 
 def of_state(trainable: Any, transformation: optax.GradientTransformation, mesh: Mesh) -> State:
-    """Shapes, dtypes and shardings of a training state: moments like their parameters, counters replicated."""
+    """Shapes, dtypes and shardings of a training state: moments are sharded like parameters, counters replicated."""
     shapes = jax.eval_shape(lambda params: State.create(params, transformation), trainable)
     parameters = of_parameters(trainable, mesh)
     moments = optax.tree.map_params(
@@ -92,7 +92,7 @@ def by_rows(array: jax.Array) -> jax.Array:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Places every array of `tree` according to `shardings`; all processes have equal arrays, or global ones."""
+    """Places every array of `tree` according to `shardings`; arrays are the same on all processes, or global."""
     return jax.tree.map(_put, tree, shardings)
 
 

@@ -55,7 +55,7 @@ class Ratios(NamedTuple):
 
     @property
     def margin_per_token(self) -> Float[Array, "B"]:
-        """Δ(y_w)/|y_w| - Δ(y_l)/|y_l|."""
+        """The margin per token, Δ(y_w)/|y_w| - Δ(y_l)/|y_l|, in nats."""
         return self.chosen / self.tokens[:, 0] - self.rejected / self.tokens[:, 1]
 
 

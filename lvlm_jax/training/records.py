@@ -38,7 +38,7 @@ def of(config: ConfigDict, base: str | Path) -> dict[str, Any]:
 
 
 def record(config: ConfigDict, method: Any) -> dict[str, Any]:
-    """The record of a run that started from fresh parameters, under a method or None."""
+    """The record of a run that started from fresh parameters; `method` is None for plain attention."""
     return {
         "version": __version__,
         "recipe": config.recipe,

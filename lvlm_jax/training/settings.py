@@ -125,7 +125,7 @@ def _objective(recipe: str) -> Objective:
 
 
 def _shared() -> ConfigDict:
-    """The fields of all objectives."""
+    """The fields that all objectives share, with their defaults."""
     config = ConfigDict()
     for name, default, _ in FIELDS:
         section, _, field = name.rpartition(".")
@@ -211,7 +211,7 @@ def check(config: ConfigDict) -> None:
 
 
 def _fits(value: int | float) -> bool:
-    """Whether a number fits the program's number format."""
+    """Whether a number fits into int32 or float32."""
     return abs(value) <= (LARGEST_INT if isinstance(value, int) else LARGEST_FLOAT)
 
 
@@ -220,7 +220,7 @@ def _range(value: int | float) -> str:
 
 
 def _untouched(key: str, value: Any) -> bool:
-    """Whether a key is an objective's field with its default, as `base()` includes them for all objectives."""
+    """Whether a key is another objective's field and has its default, as in a config from `base()` without a name."""
     section, _, field = key.partition(".")
     return any(
         other.section == section and field in other.defaults and other.defaults[field] == value
@@ -283,7 +283,7 @@ def _hint(key: str, known: list[str], recipe: str) -> str:
 
 
 def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
+    """The values of a nested config by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         inner = isinstance(value, ConfigDict | dict)

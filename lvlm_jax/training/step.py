@@ -31,7 +31,7 @@ class State:
 
 
 def loss(metrics: Metrics, terms: Mapping[str, float], counts: Mapping[str, jax.Array]) -> jax.Array:
-    """Σ_k w_k · total_k / count_k; a term with count 0 is 0."""
+    """The loss Σ_k w_k · total_k / count_k over `terms`; a term with count 0 is 0."""
     return sum(weight * Mean(metrics[name].total, counts[name]).value for name, weight in terms.items())
 
 

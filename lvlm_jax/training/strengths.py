@@ -130,7 +130,7 @@ class Strengths:
         return tree
 
     def members_at(self, theta: Theta) -> tuple[Method, ...]:
-        """The methods with the strengths of θ."""
+        """The methods with the strengths that θ gives."""
         members = list(self.members)
         for one in self.learnables:
             change = {one.name: one.value(theta[one.group][one.name])}

@@ -236,7 +236,7 @@ DESCRIBED = ("descriptions", "hallucinated", "nouns", "wrong", "objects", "cover
 
 
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
-    """Figures of the descriptions and of the questions: all, by dimension and by kind."""
+    """Figures of the descriptions, and of the questions: of all, of each dimension and of each kind."""
     tally, unparsed = Tally(), 0
     groups = list(dict.fromkeys(question.group for question in questions))
     described = [question for question in questions if question.group == GENERATIVE]
@@ -272,7 +272,7 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
 
 
 def _prefixes(groups: Sequence[str]) -> list[str]:
-    """The prefixes of the counts for questions of these kinds: all together, their dimensions, and their kinds."""
+    """The prefixes of counts for questions of these kinds: "discriminative" for all, the dimensions, and the kinds."""
     dimensions = {kind: dimension for kind, dimension in KINDS.values()}
     kinds = [group for group in groups if group != GENERATIVE]
     return list(dict.fromkeys(name for kind in kinds for name in ("discriminative", dimensions[kind], kind)))

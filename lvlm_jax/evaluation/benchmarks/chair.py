@@ -95,7 +95,7 @@ def read_image_list(path: Path) -> list[str]:
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
-    """The files that determine the figures: image list, ground truth, synonyms."""
+    """The files that determine the figures, by role: image list, ground truth, synonyms."""
     if data.chair_pickle is not None:
         paths = {"chair_pickle": [files.existing_file(data.chair_pickle, "chair.pkl")]}
     else:
@@ -239,7 +239,7 @@ def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) ->
 
 
 def _harmonic(values: np.ndarray) -> np.ndarray:
-    """Harmonic mean of two shares [2, ...]; 0 where both are 0."""
+    """Harmonic mean of two shares [2, ...]; 0 if both are 0."""
     sums = values.sum(axis=0)
     return np.where(sums == 0, 0.0, divide(2 * values[0] * values[1], np.where(sums == 0, 1.0, sums)))
 
@@ -249,7 +249,7 @@ _COCO_NAME = re.compile(r"(?:\w*_)?0*(\d+)(?:\.(?:jpg|jpeg|png))?", re.ASCII)
 
 
 def _number(written: str) -> str:
-    """An image's number as in the questions; a name without a number is returned unchanged."""
+    """The number of an image as the questions have it; a name without a number is returned unchanged."""
     match = _COCO_NAME.fullmatch(written)
     return match[1] if match else written
 

@@ -48,7 +48,7 @@ PROTOCOLS = (
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
-    """The given table; or the benchmark's TSV, JSON lines, or parquet files in the data folder."""
+    """The table that the user names; or the benchmark's TSV, JSON lines, or parquet files in the data folder."""
     if data.question_file is not None:
         return {"questions": [files.existing_file(data.question_file, "question file")]}
     folder, name = folders.data_folder(data), protocol.name.split("/")[1]
@@ -141,7 +141,7 @@ def _question(row: dict, number: int, folder: Path, where: str) -> Question:
 
 
 def _options(row: dict, where: str) -> dict[str, str]:
-    """Letter -> text: from columns A, B, ..., from a list, or from option0, option1, ..."""
+    """The options (letter -> text), from columns A, B, ..., from a list, or from columns option0, option1, ..."""
     lettered = {letter: str(row[letter]) for letter in LETTERS if letter in row}
     listed = _first(row, OPTIONS)
     if isinstance(listed, dict):
@@ -169,7 +169,7 @@ def _yes_no(value) -> bool | None:
 
 
 def _label(answer, options: dict[str, str], where: str) -> str:
-    """The letter of the right option, given as "B" or "(B)", as the option's text, or as its index from 0."""
+    """The letter of the right option. `answer` is "B" or "(B)", as the option's text, or as its index from 0."""
     if answer is None:
         raise LVLMError(f"{where} has no answer; expected one of the columns {', '.join(ANSWERS)}")
     given_answer = str(answer).strip()
@@ -199,7 +199,7 @@ def _images(row: dict, where: str) -> tuple[Path | bytes, ...]:
 
 
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
-    """Accuracy over all questions and of each category; an answer without an option letter is wrong and is counted."""
+    """Accuracy over all questions and of each category; an answer without an option letter is wrong and unparsed."""
     tally, unparsed = Tally(), 0
     groups = list(dict.fromkeys(question.group for question in questions))
     for question in questions:

@@ -47,7 +47,7 @@ PROTOCOLS = (
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
-    """The file of all questions."""
+    """The file of all questions, under the role "questions"."""
     folders.chosen_groups(data, protocol.groups, "HallusionBench", "category")
     if data.question_file is not None:
         return {"questions": [files.existing_file(data.question_file, "question file")]}
@@ -86,7 +86,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
 
 
 def _key(row: dict, where: str) -> tuple[str, str]:
-    """The category, and the rest of a question's key: "illusion/0_1/2" is question 2 of figure 1 of set 0."""
+    """The category of a question, and its id within it: "illusion/0_1/2" is question 2 of figure 1 of set 0."""
     category, subcategory, one_set, figure, number = (
         str(files.field(row, [name], (str, int), where)) for name in (*SET, "figure_id", "question_id")
     )

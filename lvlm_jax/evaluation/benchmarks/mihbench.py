@@ -48,7 +48,7 @@ PROTOCOLS = (
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
-    """The given question file; or one file per kind, under its published name or as `existence_random.jsonl`."""
+    """The question file that the user names; or one file per kind, such as `existence_random.jsonl`."""
     if data.question_file is not None:
         return {"questions": [files.existing_file(data.question_file, "question file")]}
     if not protocol.groups:
@@ -145,7 +145,7 @@ def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -
 
 
 def figures(groups: Sequence[str], counts: Sequence[str], protocol: Protocol) -> dict[str, Figure]:
-    """Accuracy over all; POPE's figures of yes/no kinds; accuracy of the other kinds."""
+    """The accuracy over all questions; POPE's figures for yes/no kinds; the accuracy of each other kind."""
     one_word = [group for group in groups if f"{group}/right" in counts]
     table = {"accuracy": ratio(["right"], ["asked"])}
     table |= binary.table([group for group in groups if group not in one_word])

@@ -51,7 +51,7 @@ WORDS = ("accuracy", "blind constant", "over blind")
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
-    """The question file given, or `questions/balanced.jsonl`."""
+    """The question file that the user names, or `questions/balanced.jsonl`."""
     if data.question_file is not None:
         return {"questions": [files.existing_file(data.question_file, "question file")]}
     what = "the pocket world's balanced questions (lvlm pocket-world --out DIR --balanced 2700 draws them)"
@@ -92,7 +92,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
 
 
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
-    """Counts the model's right answers, and those of one constant answer per kind. "strict" parses yes/no answers."""
+    """Counts the model's right answers, and those of a constant answer per kind. The parser "strict" reads yes/no."""
     constants = blind(questions)
     tally, unparsed = Tally(), 0
     for question in questions:
@@ -116,7 +116,7 @@ _COUNTED = ("asked", "right", "constant")
 
 
 def blind(questions: Sequence[Question]) -> dict[str, str]:
-    """The most frequent right answer of each kind, the first one on ties."""
+    """The most frequent right answer of each kind of question; the first one if there is a tie."""
     labels: dict[str, Counter[str]] = {}
     for question in questions:
         labels.setdefault(question.group, Counter())[question.label] += 1

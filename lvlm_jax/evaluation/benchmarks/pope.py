@@ -51,7 +51,7 @@ PROTOCOLS = (
 
 
 def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
-    """Split -> its question file. A single given file belongs to one split, named in its file name or in `groups`."""
+    """Split -> its question file. A file that the user names has one split, which its name or `groups` contains."""
     if data.source not in SOURCES:
         raise LVLMError(f"POPE source {data.source!r} is unknown; choose one of {', '.join(SOURCES)}")
     groups = folders.chosen_groups(data, protocol.groups, "POPE", "split")

@@ -25,7 +25,7 @@ LEGEND = (
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """The text of a cell; `order` is the sort key of its column (None comes last)."""
+    """The texts of a cell, and `order`, by which its column is sorted (None comes last)."""
 
     text: str = ""
     interval: str = ""
@@ -36,7 +36,7 @@ class Cell:
 
 
 def shown(value: float, unit: str, signed: bool = False) -> str:
-    """Formats a number for tables: shares in per cent with one decimal."""
+    """Formats a number for tables, with one decimal; shares are in per cent."""
     if math.isnan(value):
         return "–"
     text = f"{value * (100 if unit == 'share' else 1):{'+' if signed else ''}.1f}"

@@ -37,7 +37,7 @@ def write(folder: Path, out: Path) -> Path:
 
 
 def markdown(report: Report, folder: Path, out: Path) -> str:
-    """The leaderboard of a report's runs; `folder` and `out` as they were given on the command line."""
+    """The leaderboard of a report's runs; `folder` and `out` are the paths on the command line."""
     legend = "; ".join(f"{mark} {words}" for _, mark, words in LEGEND)
     parts = [HEAD.format(folder=folder, file=out, legend=page.escaped(legend))]
     for protocol in sorted(report.protocols):
@@ -53,7 +53,7 @@ def markdown(report: Report, folder: Path, out: Path) -> str:
 
 
 def table(report: Report, protocol: str) -> Table:
-    """The runs under a protocol, the best by its first headline figure on top, runs without that figure last."""
+    """The runs under a protocol, sorted by its first headline figure, the best first; runs without it are last."""
     members = list(report.of(protocol))
     words = headlines([run for _, run in members])
     columns = tuple(report.column(word, protocol) for word in words)

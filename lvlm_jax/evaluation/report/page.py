@@ -61,7 +61,7 @@ def _about(report: Report) -> str:
 
 
 def page(title: str, report: Report, sections: Sequence[Section], chosen: Sequence[Example]) -> str:
-    """The HTML page. Everything that runs or users named is data in it, never markup."""
+    """The HTML page. Texts of runs and users are data in it and never become markup."""
     pictures = examples.thumbnails([path for example in chosen for path in example.pictures])
     number = {path: i for i, path in enumerate(pictures)}
     line_of = {run: line for line in report.lines for run in line.runs.values()}
@@ -97,7 +97,7 @@ def page(title: str, report: Report, sections: Sequence[Section], chosen: Sequen
 
 
 def _plain(section: Section) -> dict:
-    """A section as JSON values; a cell is a list of its fields, because there are thousands."""
+    """A section as JSON values; a cell is a list of its fields without names, because there are thousands of cells."""
     tables = [
         dataclasses.asdict(dataclasses.replace(table, rows=()))
         | {"rows": [vars(row) | {"cells": [list(vars(cell).values()) for cell in row.cells]} for row in table.rows]}

@@ -25,7 +25,7 @@ LONGEST_SETTING = 6  # numbers; a method's list beyond that (steering vectors) i
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """A figure as it was scored, nan if it is not defined; `n` is the number of questions or objects behind it."""
+    """A scored figure, nan if it is not defined; `n` is the number of questions or objects that it is about."""
 
     value: float
     interval: tuple[float, float]
@@ -177,7 +177,7 @@ class Run:
 
     @functools.cached_property
     def conditions(self) -> Mapping[str, str]:
-        """Everything besides model and method that determines the figures: words -> value."""
+        """Everything besides model and method that determines the figures: name -> value."""
         settings = dataclasses.asdict(self.protocol)
         fields = {name: repr(value) for name, value in settings.items() if name not in ("name", "about")}
         listed = self.record["files"].items()

@@ -185,7 +185,7 @@ class Report:
         self.marks, self.mark_notes = marks(runs)
 
     def of(self, protocol: str) -> Iterator[tuple[Line, Run]]:
-        """The lines that have a run under a protocol, with the run."""
+        """The lines that have a run under a protocol, each with that run."""
         return ((line, line.runs[protocol]) for line in self.lines if protocol in line.runs)
 
     def size(self, protocol: str) -> str:
@@ -259,7 +259,7 @@ class Report:
         return Table("", columns, tuple(rows), tuple(self.remarks()))
 
     def remarks(self) -> Iterator[str]:
-        """Notes to the marks, comparisons that were not made, captions that got shorter."""
+        """Notes that explain marks, say why runs are not compared, and tell which captions became shorter."""
         for protocol, note in self.mark_notes:
             yield f"{protocol} {note}"
         for protocol in self.protocols:
@@ -328,7 +328,7 @@ class Report:
         return Table(protocol, tuple(self.column(word, protocol) for word in words), tuple(rows), tuple(notes))
 
     def answers(self, protocol: str) -> Table:
-        """Numbers of questions, of answers not understood, and of answers that a method fixed or broke."""
+        """Numbers of questions, of answers that the parser cannot read, and of answers that a method fixed or broke."""
         names = ("questions", "unparsed", "fixed", "broken", "McNemar p")
         rows = []
         for line, run in self.of(protocol):

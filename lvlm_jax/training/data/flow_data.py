@@ -53,7 +53,7 @@ class Staged:
         return batch | {"stage": np.full(batch["weight"].shape, self.at(step), np.int32)}
 
     def at(self, step: int) -> int:
-        """The stage of a step."""
+        """The stage of a step: 1 or 2."""
         return int(self.stage) if self.stage != "both" else 1 + (2 * step >= self.total)
 
     def steps(self, epochs: float) -> int:

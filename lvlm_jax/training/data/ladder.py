@@ -21,7 +21,7 @@ _YES_NO = ("yes", "no")
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether two answers say the same: apart from case and punctuation, or both yes, or both no."""
+    """Whether two answers are equal apart from case and punctuation, or both begin with yes, or both with no."""
     if normalised(one) == normalised(other):
         return True
     first = [(words(text) or [""])[0] for text in (one, other)]

@@ -42,7 +42,7 @@ Batch = dict[str, Any]
 
 
 def pictures_of(sequence: str) -> str:
-    """The key of a batch for the images of a sequence with its own images."""
+    """The key under which a batch has the own images of a sequence."""
     return f"{sequence}_pictures"
 
 
@@ -191,7 +191,7 @@ class Encoder:
         return Encoder, (self.processor, self.config)  # known placeholders are not needed once rows are made
 
     def _text(self, messages: list[dict], prompt: bool) -> str:
-        """Messages as the chat template writes them; with `prompt`, up to the beginning of an answer."""
+        """Messages as the chat template writes them; with `prompt`, the beginning of an answer follows."""
         return templates.render(self.processor, templates.in_template_form(self.processor, messages), prompt)
 
     def _tokens(self, messages: list[dict], last_only: bool, known: Placeholders) -> Tokens:

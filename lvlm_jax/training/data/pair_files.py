@@ -166,7 +166,7 @@ def assistant(text: str) -> Message:
 
 
 def samples(path: str | Path, what: str) -> Iterator[tuple[str, str, dict, Path]]:
-    """(beginning of an error message, number, row under our names, folder of its images) of each row."""
+    """Yields each row of a file: (beginning of an error message, number, row under our names, folder of images)."""
     file, folder, entry = dataset_info.resolved(path)
     for where, number, row in read_rows(file, what):
         row = row if entry is None else dataset_info.renamed(row, entry, where)
@@ -174,7 +174,7 @@ def samples(path: str | Path, what: str) -> Iterator[tuple[str, str, dict, Path]
 
 
 def read_rows(path: Path, what: str) -> Iterator[tuple[str, str, dict]]:
-    """(beginning of an error message, number, row) of each row."""
+    """Yields each row of a file: (beginning of an error message, number, row)."""
     rows = files.read_rows(path, what)
     with path.open("rb") as file:
         unit = "entry" if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[") else "line"
@@ -218,7 +218,7 @@ def extra(row: dict, used: Sequence[str]) -> dict:
 
 
 def weight(row: dict, where: str) -> float:
-    """The row's `weight`; 1 without one."""
+    """The row's `weight`; 1 if it has none."""
     value = row.get(WEIGHT)
     if value is None:
         return 1.0
@@ -229,7 +229,7 @@ def weight(row: dict, where: str) -> float:
 
 
 def _rejected_images(row: dict, images: tuple, folder: Path, where: str) -> tuple[Path | bytes, ...] | None:
-    """The images of the rejected side; None if they are those of the chosen side."""
+    """The images of the rejected side; None if both sides have the same images."""
     value = row.get(REJECTED_IMAGES)
     if value in (None, [], ""):
         return None
@@ -243,7 +243,7 @@ def _rejected_images(row: dict, images: tuple, folder: Path, where: str) -> tupl
 
 
 def row_images(row: dict, folder: Path, where: str) -> tuple[Path | bytes, ...]:
-    """The images of a row under the first of IMAGE_KEYS that it has."""
+    """The images of a row, under whichever of IMAGE_KEYS the row has."""
     present = [key for key in IMAGE_KEYS if row.get(key) not in (None, [], "")]
     if len(present) > 1:
         raise LVLMError(f"{where} has images under {' and '.join(present)}; expected one of them")

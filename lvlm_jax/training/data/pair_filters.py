@@ -80,7 +80,7 @@ class Filters:
 
 
 def normalised(text: str) -> str:
-    """A text in lower case, with single blanks, without quotation marks around it and punctuation at its end."""
+    """A text in lower case, with single blanks, without quotation marks around it or punctuation at its end."""
     folded = " ".join(unicodedata.normalize("NFKC", text).lower().split())
     return folded.strip("\"'").rstrip(" .,;:!\"'")
 
@@ -160,7 +160,7 @@ def hold_out(candidates: Sequence[Candidate], share: float, seed: int = 0) -> tu
 
 
 def _image_groups(candidates: Sequence[Candidate]) -> list[list[int]]:
-    """Indices of candidates that share images, directly or through others."""
+    """Groups of indices of candidates that share images, directly or through others."""
     numbers: dict[Path | bytes, int] = {}
     images = [
         [

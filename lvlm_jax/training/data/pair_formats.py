@@ -127,7 +127,7 @@ def refuse_columns(row: dict, where: str) -> None:
 
 
 def gathered(row: dict, where: str) -> dict:
-    """Moves the images that messages name (`{"type": "image", "image": "a.png"}`) to a column of images."""
+    """Moves the images that messages name (`{"type": "image", "image": "a.png"}`) to the column `images`."""
     images: list[Any] = []
     new_row = {}
     for name in ("prompt", "messages", *ANSWERS, "chosen_messages", "rejected_messages"):
@@ -161,7 +161,7 @@ def _bare(message: Any, images: list[Any]) -> Any:
 
 
 def as_message(message: Any, where: str) -> Message:
-    """Makes a chat message of `{"role", "content"}` or `{"from", "value"}`."""
+    """Makes a chat message from `{"role", "content"}` or `{"from", "value"}`."""
     if isinstance(message, Mapping):
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))

@@ -72,11 +72,11 @@ class Runs(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens of the sequence."""
+        """Number of tokens of the sequence."""
         return int(self.repeats.sum())
 
     def tokens(self) -> Tokens:
-        """The sequence in full."""
+        """The sequence with all image tokens."""
         return Tokens(np.repeat(self.ids, self.repeats), np.repeat(self.answers, self.repeats))
 
 
@@ -95,7 +95,7 @@ class Placeholders:
     counts: Int[np.ndarray, " I"]
 
     def expanded(self, text: str) -> str:
-        """A text of the chat template as the processor tokenises it."""
+        """A text that the chat template wrote, with `texts` instead of the markers."""
         first, *rest = text.split(self.marker)
         return first + "".join(text_of_image + piece for text_of_image, piece in zip(self.texts, rest, strict=False))
 

@@ -27,12 +27,12 @@ class Prompt:
 
     @property
     def truth(self) -> str | None:
-        """The right answer, if the prompt has one."""
+        """The right answer; None if the file gives none."""
         return self.extra.get("truth")
 
     @property
     def wrong(self) -> tuple[str, ...]:
-        """The prompt's wrong answers, if it has some."""
+        """Wrong answers to the prompt; empty if the file gives none."""
         return tuple(self.extra.get("wrong", ()))
 
     @property

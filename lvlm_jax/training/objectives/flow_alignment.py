@@ -286,7 +286,7 @@ class Alignment:
 def compared(
     teacher: Float[Array, "B A V"], logits: Float[Array, "B A V"], weight: Float[Array, "B A"]
 ) -> dict[str, Mean]:
-    """`answer_kl` and `agreement` of a model with the teacher."""
+    """`answer_kl` and `agreement` between the teacher and a model with these `logits`."""
     same = (teacher.argmax(axis=-1) == logits.argmax(axis=-1)).astype(jnp.float32)
     return {
         "answer_kl": Mean((kl_divergence(teacher, logits) * weight).sum(), weight.sum()),
@@ -295,7 +295,7 @@ def compared(
 
 
 def _models(trainable: Mapping, frozen: Mapping) -> tuple[dict, dict]:
-    """Parameters of the base and of the student."""
+    """The parameters of the base, and those of the student."""
     rest = {name: part for name, part in frozen.items() if name != BASE}
     return parts.join(frozen.get(BASE, {}), rest), parts.join(trainable, rest)
 
@@ -330,7 +330,7 @@ def _alignment(model: LVLM, module: nn.Module, settings: ConfigDict) -> Alignmen
 
 
 def _with_ratio(measured: Callable[[Any, Any], dict[str, Mean]]) -> Callable[[Any, Any], dict[str, Mean]]:
-    """Adds `closer` to `measured`: the factor by which the student's answer tokens are closer to the teacher."""
+    """Adds `closer` to `measured`: the base's `answer_kl` divided by the student's."""
 
     def evaluate(trainable: Any, frozen: Any) -> dict[str, Mean]:
         metrics = measured(trainable, frozen)

@@ -109,7 +109,7 @@ class Scored:
 
 
 def _answer(tokens: Any) -> list[int]:
-    """The answer's tokens of a sequence, its stop token included."""
+    """The answer tokens of a sequence, the stop token included."""
     return tokens.ids[tokens.answers].tolist()
 
 

@@ -48,7 +48,7 @@ def metrics(
 
 
 def task(model: LVLM, module: nn.Module, config: ConfigDict, workdir: Path) -> loop.Task:
-    """See `registry.Objective`. From preference pairs, it learns the chosen answers."""
+    """See `registry.Objective`. The chosen answers of preference pairs are learned."""
     del workdir
     method = trained_under.method_of(config.sft.method, model, config.model)
     samples = Samples.conversations(model, config)
