@@ -61,7 +61,7 @@ def _why_unsafe(folder: pathlib.Path) -> str | None:
 
 
 def private_folder(name: str, switch: str) -> pathlib.Path | None:
-    """Makes a cache folder, and the one around it, that only this user can write to.
+    """Makes a cache folder, and its parent folder, to which only this user can write.
 
     If that is not possible, returns None with a warning that says why and which variable turns the warning off.
     """

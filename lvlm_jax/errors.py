@@ -52,7 +52,8 @@ def shown(value: object) -> str:
 def one_line(message: object) -> str:
     """Puts a message on one line of at most `LONGEST` printable characters.
 
-    Long quoted values lose their middle first, then the line does. Control characters are escaped.
+    Control characters are escaped. If the line is too long, long quoted values lose their middle; if it is still too
+    long, the line loses its middle.
     """
     line = BREAK.sub(" ", str(message)).strip()
     if not line.isprintable():

@@ -26,7 +26,7 @@ def read_bytes(path: Path, what: str) -> bytes:
     """Reads a whole file.
 
     Raises:
-        LVLMError: not a regular file (reading a pipe could block for ever), too large, or unreadable.
+        LVLMError: the file is not regular (reading a pipe could block for ever), is too large, or is unreadable.
     """
     try:
         size = path.stat().st_size

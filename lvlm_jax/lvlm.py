@@ -70,7 +70,8 @@ class LVLM:
         Args:
             path_or_hub_id: a folder, a GGUF file of a LLaMA, the id of a repository on the hub, or "pocket" or "smol",
                 the models of this package.
-            dtype: of weights, caches and products: "float32", "bfloat16", "float16" or "auto", see `weights.names`.
+            dtype: number format of weights, caches and products: "float32", "bfloat16", "float16" or "auto"
+                (see `weights.names`).
             mesh: devices to spread the parameters over (`parallel.make_mesh`, `parallel.mesh_for`).
             vision_tower: CLIP folder of an original LLaVA checkpoint that comes without its tower.
             adapter: folder or hub id of a PEFT LoRA adapter, which stays beside the weights until they are saved.
@@ -164,7 +165,7 @@ class LVLM:
     def logits(self, prompt: Any, method: Method | str | None = None) -> Float[Array, "B U V"]:
         """Logits of the main branch of `method` at every prompt token, in one pass without a cache.
 
-        The columns are those of the given arrays (for messages, those of the longest prompt). Logits at padding are
+        The U columns are those of the given arrays or, for messages, those of the longest prompt. Logits at padding are
         meaningless.
         """
         return branches.logits(*self._call(prompt, method), self.mesh)

@@ -71,7 +71,7 @@ def drift_curve(
     the last of them can.
 
     Args:
-        attention: one row's weights on the N tokens of one image. `jax.vmap` over rows or images.
+        attention: one row's weights on the N tokens of one image; use `jax.vmap` for several rows or images.
         strength: λ.
         kept_share: ρ; at least one entry is kept.
         early: number of first layers that make up the noise n.

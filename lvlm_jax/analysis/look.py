@@ -45,7 +45,7 @@ class Looker:
 
     Args:
         model: a model with a processor.
-        images: those of the messages, in their order.
+        images: the images of the messages, in their order.
         messages: the conversation to answer.
         sink_weight: weight above which an image patch is a vision sink; None: `SINK_WEIGHT` divided by the tokens of
             the largest image.

@@ -77,7 +77,7 @@ def patch_maps(
 
     Args:
         attention: weights on the image tokens of all images, in order, as from `LVLM.attention`.
-        places: for each image, from `token_places`.
+        places: the grid of each image, from `token_places`.
     """
     return [attention[..., grid] for grid in places]
 

@@ -89,8 +89,8 @@ def fitted(model, images: int) -> str:
 def seen_region(width: int, height: int, fit: str) -> tuple[float, float, float, float] | None:
     """The part of an image that a map covers, `(left, top, right, bottom)` in pixels.
 
-    The middle square if the image is cropped, the square around it if it is padded; None (all of it) if it is
-    stretched.
+    This is the middle square if the image is cropped, the square around the image if it is padded, and None (the whole
+    image) if it is stretched.
     """
     if fit == "stretch":
         return None

@@ -15,8 +15,8 @@ class Word:
 
     Attributes:
         text: the word, without punctuation around it.
-        start, end: its place in the answer's text.
-        tokens: indices of its tokens in the answer.
+        start, end: place of the word in the answer's text.
+        tokens: indices of the word's tokens in the answer.
     """
 
     text: str

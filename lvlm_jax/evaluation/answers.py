@@ -213,7 +213,7 @@ def match(
     repeat its question.
 
     Args:
-        partial: leave out questions without an answer instead of raising.
+        partial: whether to leave out questions without an answer, instead of raising.
         known: groups of the protocol; answers in groups without questions are ignored.
 
     Raises:
@@ -281,7 +281,7 @@ def complete(questions: Sequence[Question], answers: Answers) -> None:
     """Checks that every question has an answer.
 
     Raises:
-        LVLMError: one has none.
+        LVLMError: a question has no answer.
     """
     missing = [question for question in questions if question.key not in answers]
     if missing:

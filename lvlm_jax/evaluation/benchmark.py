@@ -28,9 +28,9 @@ class Benchmark:
 
     Attributes:
         name: the value of `Protocol.benchmark`, and the beginning of the names of its protocols.
-        protocols: the first is the default.
+        protocols: its protocols; the first is the default.
         links: where its files can be downloaded.
-        question_files: (data, protocol) -> role -> the files that determine the figures.
+        question_files: (data, protocol) -> the files that determine the figures, by role.
         read: (data, protocol, need_images=False) -> questions.
         score: (questions, answers, protocol) -> scores; answers are texts by `Question.key`.
         figures: (groups, counts, protocol) -> the figures that `score` makes for questions of these groups, given the
@@ -79,7 +79,7 @@ class Benchmark:
         """Refuses settings that this benchmark would ignore.
 
         Raises:
-            LVLMError: a field of `data` is set that is not in `uses`.
+            LVLMError: a field of `data` is set and is not in `uses`.
         """
         for field in dataclasses.fields(data):
             if field.name in ("folder", "limit", *self.uses) or getattr(data, field.name) == field.default:

@@ -41,7 +41,7 @@ def names(prefixes: Sequence[str]) -> list[str]:
 
 
 def figures(prefix: str, unparsed_is_missed: bool = True) -> dict[str, Figure]:
-    """Accuracy, precision, recall, F1, share of positive answers, and unparsed answers, of one prefix.
+    """Accuracy, precision, recall, F1, share of positive answers, and unparsed answers, from counts with one prefix.
 
     An unparsed answer is wrong. With `unparsed_is_missed` it also counts as a missed positive, so that recall is over
     all positive questions; lmms-eval leaves such questions out of recall.

@@ -183,7 +183,7 @@ def read_annotations(
 
     Args:
         reading: how the reference captions are read, see `chair_words`.
-        image_ids: only these ids; None for all.
+        image_ids: ids of the images to read; None for all images.
 
     Raises:
         LVLMError: files are missing or malformed, or the category of an annotation is not listed.

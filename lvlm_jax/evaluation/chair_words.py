@@ -9,7 +9,7 @@ A "reading" is a way to reduce words to their base form:
     nltk    nltk's tagger and WordNet, as in the published scorer (`nltk_words`)
     verbs   without nltk: nouns become singular, and verb forms of a listed word count as the word ("seated" is a seat,
             "skiing" is skis), except an -ing form that a determiner makes a noun ("a comfortable seating area"). Like
-            the published scorer, it finds no person in "men" and no vase in "vases".
+            the published scorer, this reading finds no person in "men" and no vase in "vases".
     nouns   nouns become singular, nothing else changes, as in the scorer of 2018
 
 `repair=False` keeps the errors of the common synonym list, because published figures contain them: words with a leading

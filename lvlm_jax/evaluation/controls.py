@@ -146,7 +146,7 @@ def log_odds(
     """ln p(yes) - ln p(no) of the first answer token under plain decoding, by question.
 
     Args:
-        questions: with yes/no answers.
+        questions: questions with yes/no answers.
         work: its logs are called "odds"; they also contain p(yes) and p(no).
     """
     yes, no = answer_words(model.processor.tokenizer)
@@ -192,7 +192,7 @@ def thresholded(
     """The threshold control's answers ("Yes" or "No"), and the threshold of each group.
 
     Args:
-        questions: with yes/no answers.
+        questions: questions with yes/no answers.
         answers: the answers under the method.
     """
     texts, thresholds = {}, {}

@@ -49,9 +49,9 @@ class Work:
     """How questions are put to a model.
 
     Attributes:
-        batch_size: prompts at once.
+        batch_size: number of prompts that are answered together.
         seed: seed of sampling; every question has its own random stream, whatever its batch.
-        folder: where answers are logged, and read from on the next start; None for no log.
+        folder: folder of the log of answers, from which the next start resumes; None for no log.
         record: everything that determines the answers; the first line of every log, required with a folder.
         share: the part of the questions that this process answers.
         schedule: "batches", "continuous" (when an answer ends, the next prompt starts), or "auto": continuous if
@@ -77,7 +77,7 @@ def ask(
     work: Work = DEFAULT,
     title: str = "questions",
 ) -> dict[Key, ModelAnswer]:
-    """Answers questions, by `Question.key`.
+    """Answers questions; returns the answers by `Question.key`.
 
     Args:
         model: an `LVLM`.
@@ -170,7 +170,7 @@ def _collect(
     title: str,
     encode: bool = True,
 ) -> dict[Key, dict]:
-    """Values of `rounds` for all questions, by `Question.key`: each is logged at once, and logged ones are skipped.
+    """Values of `rounds` for all questions, by `Question.key`; each value is logged at once, and is not computed twice.
 
     Args:
         encode: whether images may go through the plain tower once for all questions about them.

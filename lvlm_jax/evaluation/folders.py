@@ -19,7 +19,7 @@ def chosen_groups(data: Data, known: Sequence[str], what: str, kind: str = "grou
     """The groups that `data` names, in the order of `known`; all if it names none.
 
     Raises:
-        LVLMError: an unknown group; the message lists the known ones.
+        LVLMError: `data` names an unknown group; the message lists the known groups.
     """
     for name in data.groups:
         if name not in known:
@@ -41,7 +41,7 @@ def find(data: Data, names: Sequence[str], places: Iterable[str], what: str, opt
     """The file called one of `names` in one of `places` below the data folder.
 
     Raises:
-        LVLMError: there is none (unless `optional`), or there are several with different contents.
+        LVLMError: there is no such file (unless `optional`), or several such files have different contents.
     """
     folder, places = data_folder(data), list(places)
     paths = [folder / place / name for place in places for name in names if (folder / place / name).is_file()]

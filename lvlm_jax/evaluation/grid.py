@@ -47,7 +47,7 @@ def points(method: Method, axes: Sequence[str]) -> list[Point]:
 
 
 def strengths(method: Method) -> dict[str, tuple[int, str]]:
-    """Name -> (index of the member, field) of every strength; if several members have it, its name is as "vaf.enhance"."""
+    """Name -> (index of the member, field) of every strength; names that several members have are as "vaf.enhance"."""
     members = getattr(method, "members", (method,))
     fields = [
         (index, field.name)

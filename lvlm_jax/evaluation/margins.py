@@ -39,7 +39,7 @@ def beside(paths: Sequence[Path]) -> dict[Key, float]:
     """The margins in the files beside a run's answer files; empty without such files.
 
     Raises:
-        LVLMError: a file that is malformed.
+        LVLMError: a file is malformed.
     """
     margins: dict[Key, float] = {}
     for folder in dict.fromkeys(files.expand(path).parent for path in paths):
@@ -84,7 +84,7 @@ def figures(prefix: str = "") -> dict[str, Figure]:
     """The mean margin, in thousandths of a nat, and the share of questions whose right answer is the likeliest option.
 
     Args:
-        prefix: of the names of counts, such as "GROUP/".
+        prefix: prefix of the names of counts, such as "GROUP/".
     """
     scored, margin, preferred = (f"{prefix}{name}" for name in COUNTS)
 

@@ -33,7 +33,7 @@ def log_margins(
 
     Args:
         model: an `LVLM`.
-        questions: with `options` in `extra`, the right one first.
+        questions: questions with `options` in `extra`, the right option first.
         work: its logs are called "margins".
     """
     most = max(len(question.extra["options"]) for question in questions)

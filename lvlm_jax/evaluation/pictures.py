@@ -63,7 +63,7 @@ class Pictures:
         """Some of the images, ready for messages.
 
         Raises:
-            LVLMError: an image of their groups is unreadable.
+            LVLMError: an image of the same group is unreadable.
         """
         return [self._group(self._group_of[picture])[picture] for picture in pictures]
 

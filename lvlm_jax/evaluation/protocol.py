@@ -80,7 +80,7 @@ def get(name: str) -> Protocol:
     """The protocol called `name`; a benchmark's name alone means its first protocol, the default.
 
     Raises:
-        LVLMError: there is none; the message lists similar names.
+        LVLMError: there is no such protocol; the message lists similar names.
     """
     if name in _PROTOCOLS:
         return _PROTOCOLS[name]

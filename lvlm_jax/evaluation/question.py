@@ -72,7 +72,7 @@ class Data:
         source: for POPE: "coco", "aokvqa" or "gqa".
         groups: only these splits or subtasks; empty for those of the protocol.
         only: for CHAIR: only these image ids (rescoring takes them from the captions).
-        limit: number of questions to use of every group, its first ones; None for all.
+        limit: how many of the first questions of every group to use; None for all.
         matching: for AMBER: "spacy" for soft matching with spaCy's large English vectors, as in the official scorer,
             "exact", or "auto" for "spacy" if it is installed.
     """

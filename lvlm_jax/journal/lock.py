@@ -20,7 +20,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
     Args:
         path: the file; it need not exist, but its folder must.
-        wait: wait until another process releases the lock.
+        wait: whether to wait until another process releases the lock.
 
     Raises:
         LVLMError: another process has the lock, and `wait` is false.

@@ -97,7 +97,7 @@ class AnswerLog:
         self._stack.close()
 
     def append(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Adds entries; they are on the disk when this returns.
+        """Adds entries; when the call returns, they are on the disk.
 
         Raises:
             LVLMError: they cannot be written, or the file is gone. Then none of them is in the log.

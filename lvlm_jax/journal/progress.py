@@ -20,9 +20,9 @@ class Progress:
 
     Args:
         total: the number of items.
-        done: how many were done before; they do not count for the rate.
+        done: number of items that were done before; they do not count for the rate.
         title: name of the items.
-        quiet: show nothing, for processes beside the one that shows the progress.
+        quiet: whether to show nothing, because another process shows the progress.
     """
 
     def __init__(self, total: int, done: int = 0, title: str = "", quiet: bool = False):

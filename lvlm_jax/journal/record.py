@@ -108,7 +108,7 @@ def _plain(value):
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     """The differences between two records, as `name: old, now new`, with nested names joined by dots.
 
-    Names of hashed things may differ if their hashes are equal.
+    Two different names of a model or a file are no difference if their hashes are equal.
     """
     changes = []
     for key in sorted(old.keys() | new.keys()):

@@ -1,4 +1,4 @@
-"""A cache of arrays by content, bounded in bytes; the least recently used entry is dropped first."""
+"""A cache of arrays with a limit in bytes; the least recently used entry is dropped first."""
 
 from collections import OrderedDict
 from collections.abc import Hashable

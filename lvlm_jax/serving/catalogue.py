@@ -29,7 +29,7 @@ class Catalogue:
 
     Attributes:
         name: name of the model without a method.
-        aliases: methods by the operator's names.
+        aliases: methods, by the names that the operator gave them.
     """
 
     def __init__(self, name: str, aliases: Mapping[str, str], only: bool = False):

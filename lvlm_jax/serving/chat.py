@@ -72,8 +72,8 @@ class Ask:
     Attributes:
         model: the name by which the client asks for the model.
         conversation: HF chat messages with PIL images.
-        images: those of the conversation, in order.
-        method: None for plain decoding.
+        images: the images of the conversation, in order.
+        method: the method; None for plain decoding.
         decodings: one per requested answer; they differ in their seeds.
         top: how many of the most likely tokens to show per step; None without log-probabilities.
         stream, usage: whether the answer is streamed, and whether the last chunk counts tokens.

@@ -62,7 +62,7 @@ def decoded(content: bytes, limits: Limits, pixels_left: float = float("inf")) -
     """The image in the bytes of a file, upright RGB.
 
     Raises:
-        ApiError: the bytes are not an image, or it has too many pixels.
+        ApiError: the bytes are not an image, or the image has too many pixels.
     """
     try:
         with warnings.catch_warnings():

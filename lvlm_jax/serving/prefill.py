@@ -76,8 +76,8 @@ class Prefill:
         """Runs a prompt, or the next chunk of a long one; does not wait for it.
 
         Returns:
-            Whether all of it has been run: `prompt.prefilled` is then its state without columns for an answer and its
-            first logits, as `rows.place` takes them.
+            Whether the whole prompt has been run. `prompt.prefilled` is then its state without columns for an answer,
+            and its first logits, as `rows.place` takes them.
 
         Raises:
             LVLMError: the contrast branch's prompt exceeds the context.

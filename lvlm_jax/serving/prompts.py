@@ -45,7 +45,7 @@ class Prompt:
 
     Attributes:
         inputs: the layout from the processor and `layout`.
-        laid_out: the same in `before + behind` columns.
+        laid_out: the same layout in `before + behind` columns.
         cut: number of tokens before the cut.
         before, behind: number of columns for the tokens before the cut, and for those after it.
         images: one key per image, or one for all if their tokens depend on each other; () without images.

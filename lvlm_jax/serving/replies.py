@@ -25,7 +25,7 @@ class Reply:
     Attributes:
         id, created, model: OpenAI's fields.
         prompt_tokens: number of prompt tokens, image tokens included.
-        tokenizer: for the texts of single tokens.
+        tokenizer: decodes single tokens into text.
         top: how many of the most likely tokens to show per step; None without log-probabilities.
         extra: further fields of this server, under "lvlm".
     """

@@ -92,7 +92,7 @@ class Service:
         self.prompts.close()
 
     async def read(self, content: bytes | Mapping[str, Any]) -> tuple[Ask, Prompt]:
-        """A parsed request, from JSON or text, with its prompt laid out.
+        """Parses a request from JSON text or JSON values, and lays out its prompt.
 
         Raises:
             ApiError: the request is invalid.

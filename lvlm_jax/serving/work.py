@@ -48,7 +48,7 @@ class Job:
 
     Attributes:
         prompt: the laid-out prompt.
-        method: None for plain decoding.
+        method: the method; None for plain decoding.
         decoding: how to decode; its seed is one number.
         tell: called by the engine's thread with every `Update`, or with the error.
         pieces: whether text is needed before the end (streaming).

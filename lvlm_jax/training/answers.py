@@ -23,7 +23,7 @@ class AnsweredPrompt:
 
     Attributes:
         id: id of the row.
-        messages: as for `LVLM.prepare`.
+        messages: chat messages, as for `LVLM.prepare`.
         truth: the right answer.
         images: the prompt's images, as in `pair_files.Pair`.
     """

@@ -58,9 +58,9 @@ def _divided(model: LVLM, config: ConfigDict) -> tuple[Any, Any]:
 
 
 def load(config: ConfigDict, mesh: jax.sharding.Mesh) -> LVLM:
-    """The model to train, on the mesh; in the master dtype if its own parameters are trained.
+    """The model to train, on the mesh; in the master dtype if parameters beside adapters are trained.
 
-    It has the adapter from which training continues, if there is one.
+    The model has the adapter from which training continues, if there is one.
 
     Raises:
         LVLMError: there is no such model or adapter, or the adapter's settings differ from those of the run.
@@ -91,7 +91,7 @@ def _check_start(of: ConfigDict) -> None:
 
 
 def divide(params: dict, config: ConfigDict) -> tuple[Any, Any]:
-    """(trainable, frozen): adapters and all of `params`, or the parameters that match `config.train` and the rest.
+    """(trainable, frozen): with LoRA, adapters and `params`; else, parameters that match `config.train` and the rest.
 
     If training continues from an adapter, the adapters are those of `params`, else new ones. The first part has the
     master dtype, the second the dtype of products.
@@ -117,7 +117,7 @@ def loop_settings(config: ConfigDict, task: loop.Task) -> ConfigDict:
 
 
 def export(trained: Any, frozen: Any, model: LVLM, config: ConfigDict, workdir: Path) -> Path:
-    """Writes the merged checkpoint and, with LoRA, the adapter; the first process does it for all.
+    """Writes the merged checkpoint and, with LoRA, the adapter; the first process writes for all.
 
     An int8 base is written as the floating-point weights that it stands for: the adapters were trained on these.
     """

@@ -34,7 +34,7 @@ class Task:
         objective: (trainable, frozen, batch, key) -> metrics; pure.
         terms: the metrics to minimise, with their weights; see `step.loss`.
         source: step number, from 0 -> batch, a pytree of NumPy arrays; picklable. With `accumulate` > 1 every array has
-            a leading axis of that size. For runs given in epochs it has `steps(epochs)`.
+            a leading axis of that size. If the run is given in epochs, it has a method `steps(epochs)`.
         evaluate: (trainable, frozen) -> metrics on held-out data; None without held-out data.
         describe: step number, from 0 -> description of its batch, for error messages.
         answer: (trainable, frozen) -> answers to held-out prompts; None without such prompts.

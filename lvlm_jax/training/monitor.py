@@ -133,7 +133,7 @@ Logger = Callable[[int, Mapping[str, float]], None]
 
 
 def logger(word: str, workdir: Path, config: Mapping) -> Logger | None:
-    """A further destination of records, besides the run's folder; None on all processes except the first.
+    """A further destination of records, besides the run's folder; None if `word` is "", and in all but the first process.
 
     Args:
         word: "" for none; "wandb"; or `module:function` or `file.py:function` of (step, values).
@@ -247,7 +247,7 @@ class Monitor:
         self._progress.note(values_shown)
 
     def say(self, step: int, values: Mapping[str, float]) -> None:
-        """Prints a line above the bar."""
+        """Prints the values of a step as a line above the bar."""
         if not self._progress.quiet:
             text = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
             progress.say(f"{self._task} {step}: {text}", sys.stdout)
@@ -256,7 +256,7 @@ class Monitor:
 def _event_file(folder: Path, start: int) -> EventsWriter:
     """TensorBoard's file for this process; its first event hides those of an earlier process after `start`.
 
-    Written in this thread: if a full disk ended a separate writer thread, training would wait for ever.
+    This thread writes the file: if a full disk ended a separate writer thread, training would wait for ever.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

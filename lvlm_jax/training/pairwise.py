@@ -162,7 +162,7 @@ class Scorer:
 def metrics(
     scorer: Scorer, settings: Mapping[str, Any], trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
 ) -> dict[str, Mean]:
-    """`preference_losses.metrics` of a batch. Pure.
+    """The loss and metrics of a batch, from `preference_losses.metrics`. Pure.
 
     Args:
         settings: `loss`, `beta`, `label_smoothing` of `preference_losses.metrics`.

@@ -233,10 +233,10 @@ def read(path: str | Path, words: Sequence[str] = ()) -> ConfigDict:
 
     Args:
         path: Python file with a function `get_config()`.
-        words: such as "--config.optimizer.peak=1e-4".
+        words: the changes, such as "--config.optimizer.peak=1e-4".
 
     Raises:
-        LVLMError: no such file, an unknown key, or a value of the wrong type.
+        LVLMError: there is no such file, a key is unknown, or a value has the wrong type.
     """
     config = config_files.load_config(path)
     values, words = flags.FlagValues(), ["", *words]

@@ -41,7 +41,7 @@ class Learnable:
         name: name of the field.
         low, high: bounds of the strength.
         start: start value of the strength: a number, or values `[L]` or `[L, H]`.
-        layers: those in which the member acts; None for a number.
+        layers: layers in which the member acts; None if the strength is one number.
     """
 
     member: int
@@ -141,7 +141,7 @@ class Strengths:
         """Refuses a run in which a strength has not changed after the first steps: it has no gradient there.
 
         Raises:
-            LVLMError: with the names of these strengths.
+            LVLMError: a strength has not changed; the message names it.
         """
         changed = [bool(np.any(np.asarray(theta[one.group][one.name]))) for one in self.learnables]
         pairs = zip(self.learnables, changed, strict=True)

@@ -87,7 +87,7 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
 
 
 def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
-    """The questions of the protocol's kinds, by id.
+    """The questions of the protocol's kinds, in the order of the question file.
 
     Raises:
         LVLMError: a file or (with `need_images`) an image is missing, a row is malformed, an id occurs twice or has no
@@ -236,7 +236,7 @@ DESCRIBED = ("descriptions", "hallucinated", "nouns", "wrong", "objects", "cover
 
 
 def score(questions: Sequence[Question], answers: Mapping, protocol: Protocol) -> Scores:
-    """Figures of the descriptions, and of the questions: of all, of each dimension and of each kind."""
+    """Figures of the descriptions, of all yes/no questions, and of each dimension and kind of questions."""
     tally, unparsed = Tally(), 0
     groups = list(dict.fromkeys(question.group for question in questions))
     described = [question for question in questions if question.group == GENERATIVE]

@@ -108,11 +108,11 @@ def question_files(data: Data, protocol: Protocol) -> dict[str, list[Path]]:
 
 
 def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Question]:
-    """One question per image: those of the image list, else `data.only`, else all annotated images by id.
+    """One question per image: per image of the image list, else of `data.only`, else of the annotations.
 
     Raises:
-        LVLMError: missing or malformed files; an image is listed twice, or has no annotation; the protocol needs nltk,
-            which is not installed.
+        LVLMError: files are missing or malformed; an image is listed twice, or has no annotation; or nltk, which the
+            protocol needs, is not installed.
     """
     folders.chosen_groups(data, protocol.groups, "CHAIR")
     if protocol.parser == "nltk":
@@ -258,7 +258,7 @@ def captioned(data: Data, rows: Sequence[AnswerRow]) -> Data:
     """The data with the ids of the captioned images in `only`; unchanged if there is an image list.
 
     Raises:
-        LVLMError: a caption has no image, or an image has two.
+        LVLMError: a caption has no image, or an image has two captions.
     """
     if data.image_list is not None:
         return data

@@ -1,7 +1,7 @@
 """Multiple choice with one image or many: BLINK, MUIRBench, NLVR2, Q-Bench2, MIRB, MIBench.
 
-One reader for three formats (a VLMEvalKit TSV, a Hugging Face folder of parquet files, JSON lines) with their different
-column names; text and images may be interleaved. Answers are option letters.
+One reader reads three formats (a VLMEvalKit TSV, a Hugging Face folder of parquet files, JSON lines) with their
+different column names; text and images may be interleaved. Answers are option letters.
 """
 
 import re
@@ -103,7 +103,7 @@ def read(data: Data, protocol: Protocol, need_images: bool = False) -> list[Ques
 
 
 def _follow_reference(row: dict, by_index: dict[str, str], where: str) -> None:
-    """In VLMEvalKit's tables, a short number in the image column means the image of the row with that index."""
+    """Replaces a short number in the image column of a VLMEvalKit table by the image of the row with that index."""
     index, image = row.get("index"), row.get("image")
     if not isinstance(index, str) or not isinstance(image, str):
         return

@@ -32,7 +32,7 @@ def restored(run: Run) -> Scores:
     The benchmark makes these functions; their values must equal the stored ones.
 
     Raises:
-        LVLMError: they differ, because the run was scored by a version with other formulas.
+        LVLMError: the values differ, because the run was scored by a version with other formulas.
     """
     groups = list(dict.fromkeys(group for group, _ in run.correct))
     by_name = run.benchmark.figures(groups, run.counts, run.protocol)

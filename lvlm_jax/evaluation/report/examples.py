@@ -72,7 +72,7 @@ def choose(
     A question that is drawn for several methods is one example.
 
     Args:
-        folders: searched for images before the data folder of the record.
+        folders: folders that are searched for images, before the data folder of the record.
         seed: the same runs and seed give the same examples.
     """
     known: dict[Run, dict[tuple[str, str], Answer]] = {}

@@ -72,13 +72,13 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A run minus another over the same questions.
+    """The figures of a run minus those of another run over the same questions.
 
     Attributes:
         to: name of the other run.
         baseline: the other run; None for a stored comparison.
         differences: differences of the figures, by their names.
-        only_here, only_there: questions that only one of the two got right.
+        only_here, only_there: number of questions that only the first run got right, and that only the other one did.
         p: p-value of McNemar's exact test.
     """
 

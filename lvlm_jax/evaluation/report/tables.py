@@ -81,7 +81,7 @@ class Line:
 
 
 def lines(runs: Sequence[Run]) -> list[Line]:
-    """Runs by model and method, the model alone first. Runs that differ only in seed or folder have separate lines."""
+    """Runs by model and method; the model alone is first. Runs that differ only in seed or folder are separate."""
     places: dict[tuple, dict[str, list[Run]]] = {}
     for run in runs:
         method = json.dumps(run.record.get("method"), sort_keys=True)
@@ -171,7 +171,7 @@ def arranged(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 class Report:
-    """All tables of some runs.
+    """The tables of a report about some runs.
 
     Args:
         runs: from `runs.collect`.

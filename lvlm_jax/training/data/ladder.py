@@ -86,7 +86,7 @@ def refuse_negation(share: float | None, count: int, most: float) -> None:
     """Raises an `LVLMError` if contradicting the model wins more than `most` of the pairs.
 
     Args:
-        share: the share that it wins, from `explained`.
+        share: the share of pairs that contradicting the model wins, from `explained`.
         count: number of pairs.
         most: the largest allowed share.
     """

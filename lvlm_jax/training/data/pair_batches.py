@@ -148,7 +148,7 @@ class Encoder:
 
         Args:
             messages: the messages of each sequence, by its name; all sequences have the same prompt.
-            last_only: learn only the last answer.
+            last_only: whether only the last answer is learned.
             pictures: the images of sequences with other images than the example's, by name of the sequence; every
                 sequence has as many images as the example.
 

@@ -115,11 +115,11 @@ def sift(candidates: Sequence[Candidate], filters: Filters) -> tuple[list[Candid
 
 
 def balance(candidates: Sequence[Candidate], seed: int = 0) -> list[Candidate]:
-    """Equally many candidates with each chosen answer, for each kind of prompt and number of images; their order stays.
+    """Keeps equally many candidates with each chosen answer, for each kind of prompt and number of images.
 
-    The kind is the prompt's field `kind`. Answers are the same if they have the same `answer_type`, or without that
-    field the same words. Which candidates remain is drawn at random. Kinds with more than `ANSWERS` different answers
-    do not change, because no constant answer fits them.
+    The kind is the prompt's field `kind`. Answers are the same if they have the same `answer_type` or,
+    without that field, the same words. Which candidates remain is drawn at random; their order stays. Kinds with
+    more than `ANSWERS` different answers do not change, because no constant answer fits them.
     """
     kinds: dict[tuple, dict[str, list[int]]] = {}
     for place, candidate in enumerate(candidates):
@@ -136,7 +136,7 @@ def balance(candidates: Sequence[Candidate], seed: int = 0) -> list[Candidate]:
 
 
 def hold_out(candidates: Sequence[Candidate], share: float, seed: int = 0) -> tuple[list[Candidate], list[Candidate]]:
-    """Training and validation candidates, in order, without common images.
+    """Splits candidates into training and validation candidates that have no common images; their order stays.
 
     Candidates that share images, directly or through others, stay together. These groups are visited in random order,
     and a group is held out if the candidates held out so far and the group are at most `share` of all candidates.

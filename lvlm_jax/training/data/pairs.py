@@ -66,6 +66,8 @@ class Answers:
     """A model's answers to one prompt, before any correction.
 
     Attributes:
+        id: id of the prompt.
+        chosen, rejected: the answers of the two sides.
         samples: further answers of the rejected side; unfinished ones are left out.
     """
 
@@ -110,7 +112,7 @@ def answer(
 
     Args:
         load: loads the `LVLM`; called once, and only if an answer is missing.
-        log: where answers are logged.
+        log: path of the log of answers.
         record: everything that determines an answer, as JSON values.
 
     Raises:
@@ -192,7 +194,7 @@ def correct(
 
     Args:
         texts: the answers by prompt id; prompts without an answer are left out.
-        log: where the corrections of a function are logged.
+        log: path of the log of corrections by a function.
         record: everything that determines the answers; this and the corrector's record are the first line of the log.
 
     Raises:

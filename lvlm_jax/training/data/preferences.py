@@ -48,8 +48,8 @@ def plan(
     laddered: bool = False,
     **settings: Any,
 ) -> pairs.Plan:
-    """CAPL's two sides: chosen answers under its attention, rejected ones under truncated attention or of the plain
-    model.
+    """The two sides of CAPL's pairs: chosen answers under CAPL's attention; rejected answers under truncated attention,
+    or of the model without a method.
 
     Args:
         chosen: the attention of chosen answers.

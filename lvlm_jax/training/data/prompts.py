@@ -57,7 +57,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     number. A file of pairs is also such a file; its answers are not used.
 
     Raises:
-        LVLMError: naming the line: a malformed row, a prompt without image, a missing image, placeholders that do not
+        LVLMError: (with the line) a malformed row, a prompt without image, a missing image, placeholders that do not
             match the images, an id that occurs twice.
     """
     path = files.expand(path)

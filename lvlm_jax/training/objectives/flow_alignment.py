@@ -55,7 +55,7 @@ class Flow(NamedTuple):
 
     Attributes:
         divergence: KL(edited ‖ own attention) of the heads that the stage moves, in nats.
-        moved: number of heads that it moves.
+        moved: number of heads that the stage moves.
     """
 
     divergence: Float[Array, "B 2"]
@@ -203,7 +203,7 @@ class Alignment:
             key: PRNG key of the adapters' dropout; None to disable it.
 
         Returns:
-            attention_kl: of the heads that the sample's stage moves, summed over edited layers and heads.
+            attention_kl: divergence of the heads that the sample's stage moves, summed over edited layers and heads.
             answer_kl, agreement: KL(teacher ‖ student) of answer tokens, and the share of them with the same most
                 likely token; only if `mu` is above 0.
             moved_1, moved_2: share of the heads (in edited layers and answer rows) that each stage would move.
@@ -222,9 +222,9 @@ class Alignment:
         """Compares student and base with the teacher on held-out answers; means per answer token as in `objective`.
 
         Returns:
-            answer_kl, agreement, moved_1, moved_2: of the student.
+            answer_kl, agreement, moved_1, moved_2: as in `objective`, of the student.
             attention_kl_1, attention_kl_2: the student's first term in either stage.
-            base_answer_kl, base_agreement: of the base model without edit, before training.
+            base_answer_kl, base_agreement: the same figures of the base model before training, without the edit.
         """
         base, params = _models(trainable, frozen)
         pictures, base_pictures = self._pictures(trainable, params, base, batch)

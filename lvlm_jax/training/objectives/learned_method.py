@@ -211,7 +211,7 @@ def divide(model: LVLM, config: ConfigDict) -> tuple[Any, Any]:
 
 
 def export(trained: Any, model: LVLM, config: ConfigDict, workdir: Path) -> Path:
-    """Writes the method; returns its file.
+    """Writes the learned method into a file; returns its path.
 
     Raises:
         LVLMError: a strength did not change, or the file cannot be written.

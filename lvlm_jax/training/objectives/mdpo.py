@@ -82,10 +82,10 @@ def losses(
 def metrics(
     scorer: Scorer, settings: Mapping[str, float], trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
 ) -> dict[str, Mean]:
-    """`losses` of a batch. Pure.
+    """The loss and metrics of a batch, from `losses`. Pure.
 
     Args:
-        scorer: of `SEQUENCES`.
+        scorer: scorer of the sequences `SEQUENCES`.
         settings: `beta` and `delta` of `losses`.
         trainable, frozen, key: as in `Scorer.beside_reference`.
     """

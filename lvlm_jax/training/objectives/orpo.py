@@ -2,9 +2,10 @@
 
     L = NLL(y_w) - λ log σ(log odds(y_w) - log odds(y_l)),   odds(y) = p / (1 - p),   log p = 1/|y| log π(y)
 
-y_w is the chosen answer, y_l the rejected one, |y| the tokens of an answer, its stop token included; NLL is the mean
-over all chosen tokens of a batch. λ is 0.1 as in the paper's larger models. TRL's ORPOTrainer has the same odds ratio
-(its `beta` is λ); its NLL also counts the prompt's tokens, and the paper's and ours only the answer's.
+y_w is the chosen answer, y_l the rejected one, |y| the number of tokens of an answer, its stop token included. NLL is
+the mean over all chosen tokens of a batch. λ is 0.1 as in the paper's larger models. TRL's ORPOTrainer has the same
+odds ratio (its `beta` is λ). Its NLL also counts the prompt's tokens; the NLL here and in the paper counts only the
+answer's tokens.
 """
 
 import functools
@@ -61,7 +62,7 @@ def losses(policy: Float[Array, "B 2 A"], mask: Bool[Array, "B 2 A"], weight: Fl
 
 
 def metrics(scorer: Scorer, trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None) -> dict[str, Mean]:
-    """`losses` of a batch. Pure.
+    """The loss and metrics of a batch, from `losses`. Pure.
 
     Args:
         trainable, frozen: the two parts of the parameters.

@@ -3,7 +3,7 @@
     L = -(1 - ε) log σ(h) - ε log σ(-h),   h = β/|y_w| log π(y_w) - β/|y_l| log π(y_l) - γ
 
 y_w is the chosen answer, y_l the rejected one, |y| the number of tokens of an answer, its stop token included, and ε
-the share of pairs whose order is wrong. β 2 and γ 0.5 are the defaults of the authors' code; for the paper they took
+the share of pairs whose order is wrong. β 2 and γ 0.5 are the defaults of the authors' code; in the paper they used
 β 2 or 2.5 and γ/β from 0.1 to 0.8. TRL's CPOTrainer computes the same with `loss_type="simpo"` and `cpo_alpha=0`.
 """
 
@@ -67,7 +67,7 @@ def losses(
 def metrics(
     scorer: Scorer, settings: Mapping[str, float], trainable: Any, frozen: Any, batch: Batch, key: jax.Array | None
 ) -> dict[str, Mean]:
-    """`losses` of a batch. Pure.
+    """The loss and metrics of a batch, from `losses`. Pure.
 
     Args:
         settings: `beta`, `gamma` and `label_smoothing` of `losses`.
