@@ -1,7 +1,7 @@
 """`Benchmark`: one object that says how a benchmark is read, asked, scored and reported.
 
-Each file of `lvlm_jax.evaluation.benchmarks` makes one, called `BENCHMARK`. No other module depends on its name:
-engine, rescoring, controls and report use the object.
+Each file of `lvlm_jax.evaluation.benchmarks` makes one such object, called `BENCHMARK`. No other module depends on
+the name of a benchmark: engine, rescoring, controls and report use the object.
 """
 
 import dataclasses

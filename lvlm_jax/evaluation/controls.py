@@ -9,12 +9,12 @@ temperature    no method, sampling at temperature 1
 plausibility   only the cut: sampling at temperature 1 from the tokens v with l[v] >= max l + ln β, where β is the
                method's own (0.1 for a method without a cut)
 OLM            yes/no questions: "yes" if p(yes) + p(no) > 0.2 and |p(yes) - p(no)| < 0.5 for the first token of the
-               answer; else the answer of greedy decoding, or ("sampled") one drawn at temperature 1
+               answer; else the answer of greedy decoding, or for "sampled" that of temperature 1
 PBA            yes/no questions: no method, the prompt ends with " Answer yes whenever possible."; greedy and sampled
 threshold      yes/no questions: "yes" if greedy decoding's log-odds of yes against no, for the first token of the
                answer, exceed a threshold, which gives each group the method's share of yes
 length         captions: the first n words of the greedy caption of each image, where n is the number of words of the
-               method's caption of that image; both by the protocol's truncation rule, which is not applied again
+               method's caption of that image; the protocol's truncation rule is applied to both first
 
 OLM and PBA come from the paper of Yin et al. Greedy, temperature, plausibility and PBA run the model (`decodings`).
 OLM and threshold need one pass over the prompts (`log_odds`), and length needs nothing. Controls whose runs were not

@@ -1,9 +1,9 @@
 """A run: a model answers a benchmark with a method, beside its controls; one folder contains all results.
 
-OUT/log.PROCESS.jsonl          answers in the order of their ends; a stopped run resumes from it
+OUT/log.PROCESS.jsonl          answers in the order in which they ended; a stopped run resumes from it
 OUT/answers.jsonl (or in the benchmark's format: a file for each split, answers.json, a folder)
 OUT/margins.jsonl              how much the right answers are preferred, if the benchmark has options
-OUT/scores.json                figures, controls, cost, and the record of what determined them
+OUT/scores.json                figures, controls, cost, and the record of everything that determined them
 CONTROLS/greedy/, ...          logs of the controls; one folder may serve all methods of one model and protocol
 """
 
@@ -82,7 +82,7 @@ class RunPart:
 
 
 class Run:
-    """A benchmark, a model, a method: first `ask`, then `score`. Only asking needs the model.
+    """The run of a model with a method on a benchmark. Call `ask`, then `score`; only `ask` needs the model.
 
     Attributes:
         questions: questions of the benchmark, with their images.

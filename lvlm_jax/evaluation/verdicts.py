@@ -20,7 +20,7 @@ def verdict(interval: Sequence[float | None], direction: int, questions: int) ->
     """The verdict on the interval of one figure's difference.
 
     Args:
-        interval: ends of the interval of first minus second; None or nan if undefined.
+        interval: ends of the interval of the difference, first minus second run; None or nan if undefined.
         direction: 1 if a high value of the figure is good, -1 if a low one is, 0 if neither.
         questions: how many questions the figure is about.
     """

@@ -35,7 +35,7 @@ class AnswerLog:
 
     Attributes:
         path: the file.
-        answers: the answers at the start, by key, in the file's order.
+        answers: the answers in the log when it was opened, by key, in the file's order.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Answers requests, without HTTP: parses, lays out, submits, collects. One per server."""
+"""Answers requests, without HTTP: parses, lays out, submits, collects. A server has one `Service`."""
 
 import asyncio
 import contextlib

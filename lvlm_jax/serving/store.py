@@ -1,4 +1,4 @@
-"""Files of clients in a folder: content, and beside it OpenAI's file object as JSON."""
+"""Stores clients' files in a folder: the content, and beside it OpenAI's file object as JSON."""
 
 import json
 import re

@@ -1,7 +1,7 @@
 """Learning from pairs, a chosen and a rejected answer to one prompt: shared by the objectives "capl" and "dpo".
 
-Policy and reference both run under CAPL's selective cross-image attention (arXiv 2603.07048), or both plainly,
-according to `preference.method`. One forward pass scores both answers; short answers share one prompt
+Policy and reference both run under CAPL's selective cross-image attention (arXiv 2603.07048), or both under plain
+attention, according to `preference.method`. One forward pass scores both answers; short answers share one prompt
 (`one_row`).
 
 The reference is the model as training begins, and needs no second copy of the weights. Its log-probabilities are

@@ -6,7 +6,7 @@ With s₀ the start value of a strength and θ the learned number, which starts 
     low ≤ s ≤ high    s = low + (high - low) σ(θ + logit((s₀ - low) / (high - low)))
     no bounds         s = s₀ + max(|s₀|, 0.1) θ
 
-So a step of a given size changes every strength by a similar share of itself. Bounds are approached and never
+So a step of a given size changes every strength by a similar share of its value. Bounds are approached and never
 reached, and a strength cannot start at a bound.
 """
 

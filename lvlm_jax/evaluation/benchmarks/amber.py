@@ -1,5 +1,5 @@
 """AMBER (Wang et al. 2023, arXiv 2311.07397): descriptions (ids 1 to 1004), and yes/no questions on existence,
-attribute and relation (to 15220).
+attribute and relation (ids to 15220).
 
 Generative figures count the nouns of a description that are in AMBER's word lists:
   CHAIR  share of the nouns that are neither in the image nor harmless; repeats count

@@ -1,8 +1,8 @@
 """HallusionBench (Guan et al. 2023, arXiv 2310.14566): yes/no questions about a figure, about changed copies of it, or
 without a figure.
 
-`HallusionBench.json` is a list of questions. Those of a set (category, subcategory, set_id) are about one fact; figure
-0 is the original, or for category VS no figure at all. Accuracies of the paper:
+`HallusionBench.json` is a list of questions. The questions of a set (category, subcategory, set_id) are about one fact;
+figure 0 is the original, or for category VS no figure at all. Accuracies of the paper:
   aAcc  questions answered correctly
   qAcc  question pairs answered correctly: one question of a set, over all its figures
   fAcc  figures with all questions answered correctly; questions without a figure are left out

@@ -1,8 +1,8 @@
 """Balanced questions over several images of the pocket world: no constant answer is right more often than by chance.
 
 `lvlm pocket-world --out DIR --balanced N` draws them (`pocket.balanced`): JSON lines `{question_id, images, kind, text,
-label, options}`, options as single words with the right one first. All kinds are equally frequent. For each kind and
-number of images, all answers are equally frequent.
+label, options}`. Each option is one word, and the right one is first. All kinds are equally frequent. For each kind
+and number of images, all answers are equally frequent.
 
 Two figures accompany the accuracy: the accuracy of a blind constant, which always gives the most frequent answer of
 each kind, and the margin by which the right answer is preferred to the likeliest wrong option.

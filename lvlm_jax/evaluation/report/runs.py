@@ -35,7 +35,7 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """A control of a method: its description, its figures, the method minus the control, and the verdict in words."""
+    """A control: its description and figures, the differences method minus control, and the verdict in words."""
 
     about: str
     figures: Mapping[str, Value]

@@ -9,7 +9,7 @@ A batch contains:
     rejected  } batches of conversations have `answer` instead
     rejected_pictures  dict       `images` and `geometry` of the rejected sequence, if it has its own images
     reference Float[B, S, A]      log-probabilities of the answer tokens of S sequences, if they are precomputed
-    ids       Int[B]              number of the row in the file, dropped rows not counted
+    ids       Int[B]              number of the row in the file; dropped rows do not count
     weight    Float[B]            the row's weight in the loss; 0 for a padding row of an evaluation's last batch
 
 With `accumulate` > 1 every array has a leading axis of that size. T, A, R and the sizes of images are rounded up to

@@ -1,4 +1,4 @@
-"""Images of training rows: their numbers of tokens, computed before they are opened, and the tower's inputs.
+"""Images of training rows: numbers of image tokens, known before images are opened, and the tower's inputs.
 
 In every family, the size of an image determines its number of tokens. So sizes are read when training begins, and white
 images of these sizes go through the checkpoint's processor, which writes the placeholder text of each. The images

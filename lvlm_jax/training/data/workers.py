@@ -4,8 +4,8 @@ A source is any picklable callable from a step number to a batch (a pytree of Nu
 depends on nothing but its number, a run that is resumed sees exactly what an uninterrupted one sees, and no
 iterator state needs saving.
 
-grain's `mp_prefetch` makes the same batches no faster, but its workers and their shared memory outlive a training
-process that is killed (grain 0.2.18), so the processes here are our own.
+grain's `mp_prefetch` is no faster, and its workers and their shared memory outlive a training process that is killed
+(grain 0.2.18). So the processes here are our own.
 """
 
 import collections

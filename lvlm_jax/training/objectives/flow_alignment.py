@@ -1,16 +1,16 @@
 """Flow-alignment training: trains the effect of SEVI (arXiv 2505.14257) into the weights.
 
 SEVI mixes the attention logits z of heads that look elsewhere with those of heads that look where visual information
-has flowed (`methods.sevi`). At inference this needs explicit attention and is not available in other software. Here the
-edited model is the teacher, and the student is the same model without any edit:
+has flowed (`methods.sevi`). At inference, SEVI needs explicit attention and is not available in other software. Here
+the edited model is the teacher, and the student is the same model without any edit:
 
     L = 1/R Σ_t Σ_l Σ_h KL(sg softmax(ẑ_lht) ‖ softmax(z_lht))  +  μ 1/R Σ_t KL(sg p̂_t ‖ p_t)
 
 t: the R rows of the batch that predict an answer token. During generation, SEVI edits exactly these rows (the
     prompt's last row and every decoded one), so one pass over prompt and answer sees what generation would.
-l, h: layers that SEVI edits, and the heads that the current stage moves: stage 1 those outside the semantic heads
-    (toward the global heads' mean), stage 2 the global ones (toward the core heads' maximum). The sum is not divided
-    by their number, so a row with more misplaced heads has more weight.
+l, h: layers that SEVI edits, and the heads that the current stage moves. Stage 1 moves heads outside the semantic
+    heads (toward the global heads' mean); stage 2 moves global heads (toward the core heads' maximum). The sum is not
+    divided by their number, so a row with more misplaced heads has more weight.
 z, ẑ: the student's own attention logits over the columns that the row sees, and SEVI's edit of them (both stages);
     sg: no gradient.
 p̂, p: next-token distributions of the teacher, which is the base model under the whole edit, and of the student.
@@ -91,7 +91,7 @@ class AnswerRows(Method):
     def edit(
         self, site, logits: Float[Array, "B H T S"]
     ) -> tuple[Float[Array, "B H A S"], Float[Array, "B H A S"], Moved, Bool[Array, "B A S"]]:
-        """For these rows: the logits; the edited logits without gradient; the moved heads; the visible columns.
+        """Of the rows in `index`: logits; edited logits without gradient; moved heads; visible columns.
 
         The values of rows that are not in the site are arbitrary; see `places`.
         """
@@ -101,13 +101,13 @@ class AnswerRows(Method):
         return own, edited, moved, visible
 
     def take_rows(self, site, logits: Float[Array, "B H T S"]) -> tuple[Float[Array, "B H A S"], Bool[Array, "B A S"]]:
-        """The logits of these rows, and the columns that they see."""
+        """The logits of the rows in `index`, and the columns that these rows see."""
         places = self.places(site)
         own = jnp.take_along_axis(logits, places[:, None, :, None], axis=2, mode="clip")
         return own, jnp.take_along_axis(site.mask, places[:, :, None], axis=1, mode="clip")
 
     def places(self, site) -> Int[Array, "B A"]:
-        """Indices of these rows in the site; for rows outside the site, an index past the last row."""
+        """Indices in the site of the rows in `index`; for rows outside the site, an index past the last row."""
         rows, place = site.row_index.shape[0], self.index - site.row_index[0]
         return jnp.where((place >= 0) & (place < rows), place, rows)
 
@@ -115,7 +115,7 @@ class AnswerRows(Method):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Teacher(AnswerRows):
-    """SEVI in these rows: computes in one pass what generation computes token by token (`attention.each_row`)."""
+    """Edits the rows in `index` by SEVI, in one pass and with the results of generation (`attention.each_row`)."""
 
     def logits(self, site, logits):
         own, visible = self.take_rows(site, logits)
@@ -132,7 +132,7 @@ class Teacher(AnswerRows):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Student(AnswerRows):
-    """Changes nothing; its carry is a `Flow`: how far the attention of these rows is from the edited attention.
+    """Changes nothing; its carry is a `Flow`: how far the attention of the rows in `index` is from SEVI's.
 
     Attributes:
         weight: weight of each row; 0 if `index` has none.

@@ -1,7 +1,7 @@
 """KTO (arXiv 2402.01306): learning from answers that are labelled good or bad, without pairs.
 
-With Δ(y) = log π(y) - log π_ref(y) summed over the tokens of an answer and z = max(0, mean Δ(y')) over a batch, y'
-being the answers of other rows:
+With Δ(y) = log π(y) - log π_ref(y) summed over the tokens of an answer and z = max(0, mean Δ(y')) over a batch, where
+y' are the answers of other rows:
 
     L = λ_D (1 - σ(β (Δ(y) - z))) for a good answer,   λ_U (1 - σ(β (z - Δ(y)))) for a bad one
 
