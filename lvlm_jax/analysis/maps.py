@@ -40,7 +40,7 @@ def image_mass(
 def token_places(config: FamilyConfig, prompt: Inputs, images: int) -> list[Int[np.ndarray, "h w"]]:
     """For each image of one conversation, a grid with the number of the image token at each place.
 
-    For an image that is split into tiles, these are the tokens of the view of the whole image. Tokens are numbered as
+    The grid of an image that is split into tiles has the tokens of the view of the whole image. Tokens are numbered as
     in `LVLM.attention`, through all images.
 
     Args:

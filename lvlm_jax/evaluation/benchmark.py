@@ -44,7 +44,7 @@ class Benchmark:
         image_places: folders below the data folder that may contain its images; `{group}` is the question's group.
         descriptions: groups of descriptions; the id of such a question is the number of its image.
         margins: whether questions have `options`, the right answer first, so that a run measures by how much the model
-            prefers that one (`evaluation.options`).
+            prefers the right answer (`evaluation.options`).
         narrow: (data, rows of the answer files) -> data, if the answers determine which questions were asked.
     """
 

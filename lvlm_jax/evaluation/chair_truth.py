@@ -73,8 +73,8 @@ def _walk(content: bytes) -> None:
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Resolves only the names in `_SAFE`, so that no opcode (GLOBAL, STACK_GLOBAL, INST, EXT) can reach anything to
-    call."""
+    """Resolves only the names in `_SAFE`, so that no opcode (GLOBAL, STACK_GLOBAL, INST, EXT) can reach a function
+    to call."""
 
     def __init__(self, content: bytes):
         super().__init__(io.BytesIO(content))

@@ -26,7 +26,7 @@ COUNTS = ("scored", "margin", "preferred")
 
 
 def write(folder: Path, margins: Mapping[Key, Mapping]) -> Path:
-    """Writes `margins.jsonl`, lines `{group, question_id, margin}`."""
+    """Writes `margins.jsonl`, which has JSON lines `{group, question_id, margin}`."""
     rows = [
         {"group": group, "question_id": number, "margin": row["margin"]} for (group, number), row in margins.items()
     ]

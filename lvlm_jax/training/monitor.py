@@ -91,7 +91,7 @@ class Pace:
         self._tokens += tokens
 
     def read(self, now: float) -> dict[str, float]:
-        """`seconds_per_step`, and if known `tokens_per_second` and `mfu`, up to `now`; resets the counts."""
+        """`seconds_per_step`, `tokens_per_second` and `mfu` up to `now`, if they are known; resets the counts."""
         elapsed, steps, tokens = max(now - self._began, sys.float_info.min), self._steps, self._tokens
         self.restart(now)
         figures = {"seconds_per_step": elapsed / steps} if steps else {}

@@ -51,7 +51,7 @@ BASE = "base"  # in the frozen part: the trained parameters before training, unl
 
 
 class Flow(NamedTuple):
-    """Sums that the student's layers accumulate, per sample and stage: over edited layers, heads and answer rows.
+    """Sums over edited layers, heads and answer rows, per sample and stage; the student's layers accumulate them.
 
     Attributes:
         divergence: KL(edited ‖ own attention) of the heads that the stage moves, in nats.
