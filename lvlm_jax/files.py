@@ -58,7 +58,7 @@ def read_json(path: Path, what: str, kind: type = object) -> Any:
     Args:
         path: the file.
         what: the file's purpose, for errors; for example "annotations".
-        kind: the expected type: `dict`, `list`, or anything.
+        kind: the expected type, `dict` or `list`; `object` allows every type.
 
     Raises:
         LVLMError: the file is unreadable, is not JSON, or contains another type.

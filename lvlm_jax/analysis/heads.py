@@ -67,8 +67,8 @@ def drift_curve(
         l*  = argmax over l in [0.3 L, 0.6 L] of JSD(p^l, n) · (1 - H(p^l) / ln N)
         A   = relu(p^{l*} - λ n), its largest ρN entries
 
-    The paper describes CLVA's idea without formulas. The first layers, which make up n, cannot be l*; only
-    the last of them can.
+    The paper describes CLVA's idea without formulas. The first layers make up n, and all
+    of them except the last are excluded from l*.
 
     Args:
         attention: one row's weights on the N tokens of one image; use `jax.vmap` for several rows or images.

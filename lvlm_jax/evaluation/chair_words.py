@@ -168,7 +168,7 @@ class Lexicon:
         return before[0] in _DETERMINERS and singular(before[-1], self._known) not in self.categories
 
     def mentions(self, words: Iterable[str]) -> list[tuple[str, str]]:
-        """(word, category) of every object named, in order, with repeats; `words` as from `self.words`."""
+        """(word, category) of every object named, in order, with repeats; `words` are a result of `self.words`."""
         words = list(words)
         if "toilet" in words and "seat" in words:
             words = [word for word in words if word != "seat"]

@@ -160,7 +160,7 @@ class Checkpoints:
         return state, record
 
     def _compare(self, step: int, record: Mapping, identity: Mapping) -> None:
-        """Raises if a checkpoint belongs to another model."""
+        """Raises an `LVLMError` if a checkpoint belongs to another model."""
         stored, own = record["trainable"], identity["trainable"]
         different = sorted(path for path in stored.keys() | own.keys() if stored.get(path) != own.get(path))
         if different:

@@ -133,7 +133,7 @@ Logger = Callable[[int, Mapping[str, float]], None]
 
 
 def logger(word: str, workdir: Path, config: Mapping) -> Logger | None:
-    """A further destination of records, besides the run's folder; None if `word` is empty, or in later processes.
+    """A further destination of records, besides the run's folder; None if `word` is empty, or if this is not process 0.
 
     Args:
         word: "" for none; "wandb"; or `module:function` or `file.py:function` of (step, values).
