@@ -136,8 +136,8 @@ def marks(runs: Sequence[Run]) -> tuple[dict[Run, str], list[tuple[str, str]]]:
 
 
 def headline(run: Run, word: str) -> str | None:
-    """The name of the run's figure for a headline word: the word itself, the mean of the splits, or the only split's;
-    or None."""
+    """The name of the run's figure for a headline word: the word itself, the mean of the splits, or that of
+    the only split; None if the run has none of these."""
     ending = [name for name in run.figures if name.endswith(f": {word}")]
     names = [name for name in (word, f"mean: {word}") if name in run.figures]
     return (names or (ending if len(ending) == 1 else [None]))[0]

@@ -40,7 +40,7 @@ def with_reference(
     """Rows with their answer tokens' log-probabilities under `params`, from the cache if it has them.
 
     Args:
-        score: (params, batch) -> log-probabilities, one row of `Float[B, S, A]` per sequence; pure.
+        score: (params, batch) -> log-probabilities of the answer tokens of S sequences, `Float[B, S, A]`; pure.
         params: the reference model.
         settings: everything else that determines the log-probabilities, such as the method and the dtype; plain JSON
             values.
