@@ -239,10 +239,11 @@ def write_answers(out: Path, questions: Sequence[Question], texts: dict, protoco
 
 
 def cost(logged: shares.LoggedAnswers) -> dict:
-    """The cost of answers: mean tokens, milliseconds per token of the median batch, seconds of all, and the place.
+    """The cost of answers: mean tokens, milliseconds per token, total seconds, device, commit and machine.
 
-    The median is used because the first batch of a shape waits for compilation. Times include images and prompts.
-    Commit and machine are those of the batches, joined if they differ, None if they are unknown.
+    The time per token is that of the median batch, because the first batch of a shape waits for compilation. Times
+    include images and prompts. Commit and machine are those of the batches; different ones are joined, unknown ones are
+    None.
     """
     timed = [1000 * batch["seconds"] / batch["tokens"] for batch in logged.batches if batch["tokens"]]
     lengths = [row["tokens"] for row in logged.answers.values()]

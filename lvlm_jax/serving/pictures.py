@@ -161,7 +161,7 @@ def _public(host: str, port: int) -> str:
 
 
 def _connected(host: str, ip: str, port: int, secure: bool) -> http.client.HTTPConnection:
-    """A connection to the checked address, under the host's name."""
+    """A connection to the checked address `ip`; with TLS, the certificate must be that of `host`."""
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT)
     connection.sock = socket.create_connection((ip, port), TIMEOUT)
     if secure:

@@ -51,7 +51,7 @@ def restored(run: Run) -> Scores:
 
 
 def compare(runs: Sequence[Run]) -> dict[Run, Comparison | str]:
-    """Every run with a method, compared with the same model without one; or a string that says why it is not.
+    """The comparison of every run with a method to the same model without one, or a text that says why there is none.
 
     The run without a method must have the same model, protocol, files, images and questions. If there is no such run,
     the comparison that was stored with the scores (`--against`) is used.

@@ -115,7 +115,7 @@ class AnswerRows(Method):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Teacher(AnswerRows):
-    """Edits the rows in `index` by SEVI, in one pass and with the results of generation (`attention.each_row`)."""
+    """Edits the rows in `index` by SEVI, in one pass and as generation does token by token (`attention.each_row`)."""
 
     def logits(self, site, logits):
         own, visible = self.take_rows(site, logits)
