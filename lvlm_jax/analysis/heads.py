@@ -27,7 +27,7 @@ def sink_density(
         beta: the threshold β.
 
     Returns:
-        Between 0 and 1; zero in a sample without an image.
+        The share of each head, between 0 and 1; zero in a sample without an image.
     """
     image = image_id > 0
     places = jnp.arange(image_id.shape[1])

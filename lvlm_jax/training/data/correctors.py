@@ -36,11 +36,11 @@ def resolve(name: str, prompts: Sequence[Prompt]) -> Corrector:
     """The corrector that a command line names.
 
     Args:
-        name: "pocket", the path of a file, or "module:function".
+        name: "pocket", the path of a file, "module:function" or "file.py:function".
         prompts: the prompts whose answers will be corrected.
 
     Raises:
-        LVLMError: no such corrector, prompts without a truth, or an unusable file or function.
+        LVLMError: there is no such corrector, a prompt has no truth, or the file or function cannot be used.
     """
     if name == "pocket":
         return from_truth(prompts)
