@@ -135,7 +135,7 @@ class Student(AnswerRows):
     """Changes nothing; its carry is a `Flow`: how far the attention of the rows in `index` is from SEVI's.
 
     Attributes:
-        weight: weight of each row; 0 if `index` has none.
+        weight: weight of each row; 0 if `index` selects no row.
     """
 
     weight: Float[Array, "B A"]
