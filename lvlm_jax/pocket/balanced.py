@@ -1,6 +1,6 @@
 """Balanced questions over several images: all kinds, and all answers of a kind, are equally frequent.
 
-So a constant answer is right in about one of n questions of a kind with n answers.
+So a constant answer is right for about 1/n of the questions of a kind that has n answers.
 """
 
 import json
@@ -19,10 +19,10 @@ from lvlm_jax.pocket.questions import COMPARISON, MULTI, ORDINALS, Question
 from lvlm_jax.pocket.scenes import SPLITS, Scene, render, sample_scene
 
 KINDS = {**MULTI, **COMPARISON}
-QUESTIONS = 2700  # of the test set, 300 of each kind: 1500 of those that the shipped model knows
+QUESTIONS = 2700  # in the test set, 300 of each kind; the shipped model has seen five of the nine kinds
 FILE = "questions/balanced.jsonl"
-ABOUT = "questions/balanced.json"  # how they were drawn
-USES = 4  # questions about one group of images, and so about one image
+ABOUT = "questions/balanced.json"  # the settings with which the questions were drawn
+USES = 4  # largest number of questions about one group of images
 SIZES = {2: 0.5, 3: 0.3, 4: 0.2}  # number of images -> share of the questions
 ALIKE = 0.6  # share of groups whose images are of one place, so that they have objects in common
 TRIES = 300  # unsuccessful draws after which the missing answers count as too rare; fewer for few questions
@@ -38,7 +38,7 @@ class Cell(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Images that are asked about together."""
+    """A group of images, and the questions about it."""
 
     scenes: list[Scene]
     questions: list[Question]
@@ -54,7 +54,7 @@ def answers(kind: str, images: int) -> tuple[str, ...]:
 
 
 def quotas(count: int, kinds: Mapping[str, Any]) -> Counter[Cell]:
-    """The number of questions of each cell, at least `count` together."""
+    """The number of questions of each cell; their sum is at least `count`."""
     counts: Counter[Cell] = Counter()
     for kind in kinds:
         sizes = {images: share for images, share in SIZES.items() if kind != "odd_one_out" or images > 2}
@@ -71,9 +71,9 @@ def draw(count: int, seed: int = 0, split: str = "test", kinds: Mapping[str, Any
     Args:
         seed: another seed gives other scenes.
         split: the split whose scenes are used.
-        kinds: name -> maker of a question, of `KINDS`.
+        kinds: name -> function that makes a question; `KINDS`, or some of them.
     """
-    # The leading number keeps this stream apart from those of conversations and of the written splits.
+    # The leading number makes these random numbers differ from those of conversations and of the written splits.
     rng = np.random.default_rng([19, SPLITS[split], seed])
     missing, drawn, failures = +quotas(count, kinds), [], 0
     while missing and failures < min(TRIES, TRIES // 10 + count):
@@ -97,7 +97,7 @@ def draw(count: int, seed: int = 0, split: str = "test", kinds: Mapping[str, Any
 
 
 def _scenes(cell: Cell, split: str, rng: np.random.Generator) -> list[Scene]:
-    """Scenes in which a question of the cell is likely to have its answer."""
+    """Scenes for which a question of the cell's kind is likely to have the cell's answer."""
     first = sample_scene(rng, split)
     one = cell.kind == "odd_one_out" or (rng.random() < ALIKE if cell.kind != "same_place" else cell.answer == "Yes")
     scenes = [first, *(sample_scene(rng, split, first.kind if one else None) for _ in range(cell.images - 1))]
@@ -111,10 +111,10 @@ def write(folder: str | Path, count: int = QUESTIONS, seed: int = 0, split: str 
     """Writes the questions and their images below `folder`, unless they exist.
 
     `questions/balanced.jsonl` has lines `{question_id, images, kind, text, label, answer, options}`; `options` are
-    the answers by one word that the question could have, the right one first.
+    the one-word answers that the question could have, the right one first.
 
     Returns:
-        How many questions there are.
+        The number of questions.
 
     Raises:
         LVLMError: the folder holds other questions, or cannot be written.

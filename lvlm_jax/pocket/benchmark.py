@@ -1,6 +1,6 @@
 """The pocket benchmark: every kind of benchmark in the pocket world, small enough for a laptop's processor.
 
-The test split is written in the formats of real data, and asked and scored by the same code: POPE's three splits,
+The test split is written in the formats of the real benchmarks, so the same code scores both: POPE's three splits,
 descriptions with CHAIR, existence, counting, position and colour in MME's layout, and questions about two to four
 images on existence, count and identity.
 """
@@ -22,9 +22,9 @@ class Part:
     Attributes:
         protocol: name of the protocol.
         title: heading of its tables.
-        columns: headings of the table -> names of figures.
-        question_file: path below the world's folder, if the benchmark does not find it itself.
-        folder: folder of its answers, if that is not the benchmark's name.
+        columns: heading of a column -> name of the figure in it.
+        question_file: path of the questions below the world's folder, if the benchmark cannot find them.
+        folder: name of the folder of its answers, if it differs from the benchmark's name.
     """
 
     protocol: str
@@ -35,7 +35,7 @@ class Part:
 
     @property
     def benchmark(self) -> Benchmark:
-        """The benchmark of its protocol."""
+        """The benchmark to which the protocol belongs."""
         return BENCHMARKS[get(self.protocol).benchmark]
 
     @property
@@ -44,7 +44,7 @@ class Part:
         return self.folder or self.benchmark.name
 
     def data(self, world: Path) -> Data:
-        """The place of its files."""
+        """The folder of the pocket world, and the question file in it, as the benchmark expects them."""
         return Data(world, question_file=self.question_file and world / self.question_file)
 
 
@@ -97,7 +97,7 @@ def write_world(folder: Path, images: int, seeds: int = 1) -> None:
     all.
 
     Args:
-        seeds: number of seeds for the scenes, used in turn.
+        seeds: number of seeds; successive scenes use the seeds in turn.
 
     Raises:
         LVLMError: too few images for POPE, or the folder cannot be written.
@@ -139,9 +139,10 @@ def table(columns: Mapping[str, str], scores_of: Mapping[str, Mapping], what: st
     """Lines of a table: figures with intervals, and below them the difference to the reference run.
 
     Args:
-        columns: headings -> names of figures.
-        scores_of: run -> content of its `scores.json`. The reference is the run in `against` if there is one, else the
-            greedy control. If the runs have a cost, the last column is the seconds of answering.
+        columns: heading of a column -> name of the figure in it.
+        scores_of: run -> content of its `scores.json`. The reference is the run under the key `against` if there
+            is one, else the greedy control. If the scores have a cost, the last column is the time of answering in
+            seconds.
         what: heading of the first column.
     """
     timed = ["seconds"] * any("cost" in scores for scores in scores_of.values())
@@ -161,7 +162,12 @@ def row(cells: list[str]) -> str:
 
 
 def cell(figure: Mapping | None, difference: Mapping | None = None) -> str:
-    """A figure with its interval and, below it, its difference to greedy with the paired interval."""
+    """The text of a table's cell: a figure with its interval and, below it, its difference to the reference run.
+
+    Args:
+        figure: `{value, unit, interval}`.
+        difference: `{value, interval}`, with the paired interval.
+    """
     if figure is None or figure["value"] is None:
         return "–"
     unit = figure["unit"]
@@ -183,10 +189,10 @@ def _judged(control: Mapping | None) -> str:
 
 
 def number(value: float | None, unit: str, sign: str = "") -> str:
-    """A figure with its unit; shares in per cent."""
+    """A value as text with one decimal: a share in per cent, "–" for no value; `sign` "+" also writes plus signs."""
     return "–" if value is None or value != value else f"{value * (100 if unit == 'share' else 1):{sign}.1f}"
 
 
 def between(interval: list, unit: str, sign: str = "") -> str:
-    """The ends of an interval."""
+    """The two ends of an interval as text; `unit` and `sign` as in `number`."""
     return " to ".join(number(bound, unit, sign) for bound in interval)

@@ -35,14 +35,14 @@ class Setup:
     Attributes:
         out: folder of worlds, answers, scores and `table.md`; a run resumes from its content.
         model: a checkpoint trained on the pocket world, as for `LVLM.from_pretrained`.
-        images, captions: number of test images to ask about and to describe.
-        batch_size: prompts at once.
-        resamples: for the bootstrap.
+        images, captions: numbers of test images to ask about and to describe.
+        batch_size: number of prompts that are answered at once.
+        resamples: number of bootstrap resamples.
         command: the command line, for the document.
         dtype: dtype of weights and products.
-        seeds: number of seeds for the images, used in turn.
+        seeds: number of seeds; successive images use the seeds in turn.
         parts: parts of the benchmark.
-        claims: method -> figures that it improves according to its paper: names of `claims.FIGURES`.
+        claims: method -> figures that the method improves according to its paper (keys of `claims.FIGURES`).
         controls: controls to run beside each method, from `evaluation.controls.RUNS`; greedy decoding always runs.
     """
 
@@ -69,13 +69,14 @@ def run(setup: Setup, methods: Mapping[str, Method | Mapping[str, Method]]) -> s
     """Runs everything that is missing, and rewrites `table.md` after every method.
 
     Args:
-        methods: method by row name, or method by row name and part; greedy decoding is added as the first row.
+        methods: name of a table row -> its method, or a mapping from parts to methods. Greedy decoding is added as
+            the first row.
 
     Returns:
         The text of `table.md`.
 
     Raises:
-        LVLMError: an unusable model or folder, or a folder of another run.
+        LVLMError: a model or folder cannot be used, or the folder belongs to another run.
     """
     for part in setup.parts:
         images = setup.captions if part.benchmark.descriptions else setup.images
@@ -108,7 +109,7 @@ def run(setup: Setup, methods: Mapping[str, Method | Mapping[str, Method]]) -> s
 
 
 def document(setup: Setup, scores_of: Mapping[str, Mapping[str, Mapping]], path: str) -> str:
-    """The tables, with the command and the setting that made them.
+    """The tables, with the command and the settings that made them.
 
     Args:
         scores_of: part -> method -> content of its `scores.json`.

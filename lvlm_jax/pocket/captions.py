@@ -1,4 +1,4 @@
-"""Captions of scenes: short, listing or detailed; true, or wrong in the way of web captions."""
+"""Captions of scenes: short, detailed, or a list of objects; some name an absent object, as web captions do."""
 
 import numpy as np
 
@@ -18,7 +18,7 @@ def third(placed: Placed) -> str:
 
 
 def quantity(category: str, count: int, colour: str | None = None) -> str:
-    """ "a dog", "an apple", "some broccoli", "a pair of skis", "three red cars"."""
+    """A number of objects in words: "a dog", "an apple", "some broccoli", "a pair of skis", "three red cars"."""
     if count == 1:
         return catalogue.with_article(category, colour)
     many = f"pairs of {category}" if category in catalogue.PAIRS else catalogue.plural(category)
@@ -26,7 +26,7 @@ def quantity(category: str, count: int, colour: str | None = None) -> str:
 
 
 def join(parts: list[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """The parts in one list: "a", "a and b", "a, b and c"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
@@ -36,7 +36,7 @@ def capital(text: str) -> str:
 
 
 def phrases(scene: Scene) -> dict[str, str]:
-    """Category -> its phrase with count and (if its objects share one) colour; largest area first."""
+    """Category -> a phrase with the number of its objects, and their colour if it is the same; largest area first."""
     area: dict[str, int] = {}
     for placed in scene.objects:
         area[placed.category] = area.get(placed.category, 0) + placed.area
@@ -101,9 +101,10 @@ def _verb(parts: list[str]) -> str:
 
 
 def _detailed(scene: Scene, by_category: dict[str, str], absent: str | None, rng: np.random.Generator) -> str:
-    """Every category in the third of its largest object, left to right; the last one may come as an afterthought.
+    """A sentence for each third of the image, left to right; a last sentence ("There is also …") may name one more.
 
-    Real descriptions often hallucinate in the afterthought, so half of the noise goes there.
+    A category is named in the third where its largest object is. Real descriptions often hallucinate at their end, so
+    the last sentence names half of the absent objects.
     """
     groups: dict[str, list[str]] = {side: [] for side in THIRDS}
     afterthought = None
@@ -128,7 +129,7 @@ def _detailed(scene: Scene, by_category: dict[str, str], absent: str | None, rng
 
 
 def five_captions(scene: Scene, rng: np.random.Generator, noise: float = 0.0) -> list[tuple[str, bool]]:
-    """The five captions of an image, one per style, each with whether it is wrong (with probability `noise`)."""
+    """The five captions of an image, one per style, and whether each is wrong, which has the probability `noise`."""
     result = []
     for style in STYLES:
         noisy = bool(rng.random() < noise)

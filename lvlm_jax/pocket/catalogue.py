@@ -10,7 +10,7 @@ from PIL import Image
 
 HERE = Path(__file__).parent
 
-# COCO's 80 category names in COCO's order with COCO's ids; the world draws those with a sprite.
+# Those of COCO's 80 categories for which there is a sprite, in COCO's order and with COCO's ids.
 COCO_IDS = {
     "person": 1, "bicycle": 2, "car": 3, "motorcycle": 4, "airplane": 5, "bus": 6, "train": 7, "truck": 8, "boat": 9,
     "traffic light": 10, "stop sign": 13, "bird": 16, "cat": 17, "dog": 18, "horse": 19, "sheep": 20, "cow": 21,
@@ -34,13 +34,13 @@ PLURALS = {
     "couch": "couches", "mouse": "mice", "wine glass": "wine glasses", "toothbrush": "toothbrushes",
     "scissors": "scissors", "broccoli": "broccoli", "tv": "tvs",
 }  # fmt: skip
-# Words without an article; "a pair of skis" is the phrase of COCO's annotators.
+# Categories that take no article; COCO's annotators write "a pair of skis".
 PAIRS = frozenset({"skis", "scissors"})
 UNCOUNTABLE = PAIRS | {"broccoli"}
 # Places that do not take "in".
 PREPOSITIONS = {"a farm": "on", "a party": "at", "a station": "at", "an airport": "at", "a market": "at"}
 
-# If the first is drawn, the second follows with the given probability: the strongest co-occurrences of the world.
+# If the first category is drawn, the second follows with this probability: the strongest co-occurrences of the world.
 COMPANIONS = {
     "fork": ("knife", 0.6), "knife": ("fork", 0.5), "spoon": ("bowl", 0.5), "keyboard": ("mouse", 0.65),
     "laptop": ("cell phone", 0.3), "bed": ("teddy bear", 0.4), "couch": ("tv", 0.5), "pizza": ("wine glass", 0.4),
@@ -132,7 +132,7 @@ def sprites_of(category: str) -> tuple[int, ...]:
 
 @functools.cache
 def sprite_image(index: int) -> Image.Image:
-    """RGBA picture of sprite `index`, longer side 48 px."""
+    """RGBA image of sprite `index`; its longer side has 48 pixels."""
     left, top, width, height = sprites()[index].box
     return _sheet().crop((left, top, left + width, top + height))
 
@@ -152,7 +152,7 @@ def typical_weights(scene_type: str) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def where(scene_type: str) -> str:
-    """ "in a kitchen", "at a party"."""
+    """A scene type with its preposition: "in a kitchen", "at a party"."""
     return f"{PREPOSITIONS.get(scene_type, 'in')} {scene_type}"
 
 

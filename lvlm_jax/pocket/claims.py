@@ -2,7 +2,7 @@
 
 A claim says that a figure is better with a method than without. It is "shown" if the paired 95 % interval of the
 difference to greedy decoding is on the better side of 0, "opposite" if it is on the other side, else "not shown".
-Beside it are the same difference for the images of each seed, the comparison that many papers make (with sampling), and
+Beside it are the same difference for the images of each seed, the comparison with sampling that many papers make, and
 a trivial control with the same side effect: the same number of words, or the same share of yes.
 """
 
@@ -50,7 +50,7 @@ as many "yes"."""
 
 
 def of(name: str, claims: Mapping[str, Sequence[str]]) -> Sequence[str]:
-    """The claims about a row of the table: those under its name, or under the first word of its name."""
+    """The claims about a row of the table: those under its name, or under the part of its name before the first "-"."""
     return claims.get(name, claims.get(name.split("-")[0], ()))
 
 
@@ -58,8 +58,8 @@ def verdict(interval: Sequence[float | None], direction: int, questions: int) ->
     """The verdict on the claim that a method is better than greedy decoding, from the interval of the difference.
 
     Args:
-        direction: 1 if a high value is good, -1 if a low one is.
-        questions: how many questions the figure is about.
+        direction: 1 if high values are good, -1 if low values are good.
+        questions: number of questions that the figure is about.
     """
     name = verdicts.verdict(interval, direction, questions)
     return "not shown (the same)" if list(interval) == [0, 0] else SAYS.get(name, name)

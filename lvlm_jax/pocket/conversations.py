@@ -50,7 +50,7 @@ def sample_text(
 ) -> tuple[list[Scene], list[tuple[str, str]]]:
     """The scenes and turns of `sample_conversation`, without drawing the images.
 
-    Questions of existence and choice about one image ask for absent objects as in `questions.absent_category`, with
+    For questions of existence and choice about one image, `questions.absent_category` draws absent objects, with
     `hard`.
     """
     # The leading number separates this stream from the scenes of the written splits, whose seeds begin with 0 to 2.

@@ -1,16 +1,16 @@
-"""The experiment about CAPL on the pocket model: a base that needs its attention, pairs for every prompt, equal arms.
+"""The experiment about CAPL on the pocket model: a base that needs CAPL's attention, and trainings that start from it.
 
-1. The base: SFT under CAPL's cross-image attention, half of the conversations over several images, the question before
-   them, with kinds of questions that only a comparison of the images answers.
-2. The gate: under truncated attention the base must lose at least `config.gate` of its accuracy. If it does not, it
+1. The base is fine-tuned under CAPL's cross-image attention. Half of its conversations are about several images: the
+   question stands before the images, and some kinds of questions need a comparison of the images.
+2. The gate: under truncated attention the base must lose at least `config.gate` of its accuracy. If it loses less, it
    answers without attention between images, and the results of the arms say nothing about CAPL.
-3. Pairs for one set of prompts. The chosen answer is the truth; the rejected one comes from the ladder, under truncated
-   attention or from the unmodified model.
-4. Arms from that base, with equal prompts, steps and λ, for every seed; then CAPL without its likelihood term, and
-   rounds in which CAPL's own model answers new prompts.
+3. Pairs are made for one set of prompts. The chosen answer is the truth. The rejected answer is a wrong one, by a model
+   under truncated attention or by the unmodified model; if neither is wrong, it is a wrong option of the prompt.
+4. The arms start from the base and train with equal prompts, steps and λ, once for every seed. Then CAPL is trained
+   without its likelihood term, and in further rounds, for which the model trained by CAPL answers new prompts.
 5. All models answer the balanced questions of the test split, under CAPL's attention and under plain attention.
 
-Folders below the one of the `Setup`:
+Folders below `Setup.out`:
 
     talks/, base/, prompts/, pairs/, arms/ARM-SEED/, rounds/N/, questions/, benchmark/balanced/MODEL/
 """
@@ -118,8 +118,8 @@ def _conversation(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_pairs(setup: Setup, model: str, folder: str, seed: int) -> dict[str, Path]:
-    """Makes pairs of a model's answers to new prompts; returns a file for each origin of the rejected answers, with the
-    same prompts."""
+    """Makes pairs of a model's answers to new prompts; returns a file of pairs for each origin of the rejected answers.
+    All files have the same prompts."""
     new = setup.config.pairs
     prompts = setup.out / folder / "prompts"
     about = {"model": checkpoint_hash(model), "dtype": names.dtype("auto"), "settings": new.to_dict(), "seed": seed}
@@ -149,7 +149,7 @@ def make_pairs(setup: Setup, model: str, folder: str, seed: int) -> dict[str, Pa
 
 
 def train(setup: Setup, name: str, arm: Arm, base: str, data: Mapping[str, Path], seed: int, folder: str) -> str:
-    """One training, by the same code as `lvlm train`; returns its checkpoint."""
+    """Trains one arm, by the same code as `lvlm train`; returns its checkpoint."""
     config = setup.config[arm.recipe].copy_and_resolve_references()
     config.model, config.seed, config.data = base, seed, str(data[arm.rejected])
     if arm.recipe == "sft":
@@ -169,7 +169,7 @@ def slug(name: str) -> str:
 
 
 def scores_of_row(setup: Setup, model: Model, load: Any) -> Scores:
-    """The scores of a row's checkpoints on the balanced questions, all seeds together."""
+    """The scores of a row's checkpoints on the balanced questions, all seeds together; `load` loads a checkpoint."""
     world, protocol, all_scores = setup.out / "questions", get(PROTOCOL), []
     for path, folder in zip(model.paths, model.folders, strict=True):
         options = Options(setup.batch_size, resamples=setup.resamples)
@@ -183,7 +183,7 @@ def scores_of_row(setup: Setup, model: Model, load: Any) -> Scores:
 
 
 def seeds(setup: Setup, row_names: Mapping[str, Scores]) -> dict[str, list[float]]:
-    """The accuracy of each seed alone, for the rows of `run`."""
+    """Name of a row -> the accuracy of each seed alone; `row_names` is the result of `run`."""
     folder = setup.out / "benchmark" / "balanced"
     single = {}
     for name in row_names:
@@ -218,7 +218,7 @@ def rows(trained: Mapping[str, tuple[str, ...]], base: str, setup: Setup) -> Ite
 
 
 def gate(setup: Setup, base: str, load: Any) -> dict[str, Scores]:
-    """The base's rows of the table.
+    """The scores of the base under every attention: its rows of the table. `load` loads a checkpoint.
 
     Raises:
         LVLMError: the base loses too little accuracy under truncated attention.
@@ -236,7 +236,7 @@ def gate(setup: Setup, base: str, load: Any) -> dict[str, Scores]:
 
 
 def run(setup: Setup, load: Any) -> dict[str, Scores]:
-    """Runs the missing stages.
+    """Runs the missing stages; `load` loads a checkpoint.
 
     Returns:
         The scores of each row of the table, the base first.

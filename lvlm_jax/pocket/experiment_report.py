@@ -40,8 +40,8 @@ def section(by_row: Mapping[str, Scores], single: Mapping[str, Sequence[float]],
     """The part of the page.
 
     Args:
-        by_row: by row, the base first.
-        single: by row, the accuracy of each seed alone.
+        by_row: name of a row -> its scores, the base first.
+        single: name of a row -> the accuracy of each seed alone.
     """
     base = by_row[BASE]
     reports = {name: rescore.report(scores, resamples) for name, scores in by_row.items()}
@@ -58,7 +58,10 @@ def section(by_row: Mapping[str, Scores], single: Mapping[str, Sequence[float]],
 
 
 def words(by_row: Mapping[str, Scores], reports: Mapping[str, Mapping], resamples: int) -> Iterator[str]:
-    """Yields the comparisons as sentences, by rule from the intervals; the base under truncated attention first."""
+    """Yields the comparisons as sentences, which follow from the intervals by rules.
+
+    The first compares the base under CAPL's attention with the base under truncated attention.
+    """
     benchmark = BENCHMARKS[get(PROTOCOL).benchmark]
     for one, other in ((BASE, f"{BASE}, truncated"), *PAIRS):
         if one not in by_row or other not in by_row:
@@ -70,7 +73,7 @@ def words(by_row: Mapping[str, Scores], reports: Mapping[str, Mapping], resample
 
 
 def spread(single: Mapping[str, Sequence[float]]) -> Iterator[str]:
-    """A list of the accuracies of each seed, of rows with several."""
+    """Yields a line with the accuracy of each seed, for each row that has several seeds."""
     for name, values in single.items():
         if len(values) > 1:
             yield f"- {name}, seed by seed: {', '.join(f'{100 * value:.1f}' for value in values)}"

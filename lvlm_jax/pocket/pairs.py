@@ -26,9 +26,9 @@ class Mix:
     Attributes:
         single: probability of a prompt about one image instead of two to four.
         describe: probability that a prompt about one image asks for a detailed description.
-        kinds: the questions about several images, of `balanced.KINDS`.
+        kinds: name -> function that makes a question about several images; `balanced.KINDS`, or some of them.
         one_word: share of questions that ask for one word.
-        question_first: whether a question about several images stands before them.
+        question_first: whether a question about several images stands before the images.
     """
 
     single: float = SINGLE
@@ -43,12 +43,12 @@ class PocketPrompt:
     """A prompt of the pocket world.
 
     Attributes:
-        scenes: one to four.
-        kind: of the question, a name in `questions.SINGLE` or `balanced.KINDS`; or DESCRIPTION.
-        text: the question, some of them with a suffix that asks for one word.
-        truth: the right answer, in the form that is asked for.
-        answer: the right answer by one word; "" of a description.
-        wrong: other answers, in the form that is asked for.
+        scenes: one to four scenes.
+        kind: the kind of question, a name in `questions.SINGLE` or `balanced.KINDS`; or DESCRIPTION.
+        text: the question, perhaps with a suffix that asks for one word.
+        truth: the right answer: one word if the question asks for one, else a sentence.
+        answer: the right answer as one word; "" if the prompt asks for a description.
+        wrong: wrong answers, in the same form as `truth`.
     """
 
     scenes: list[Scene]
@@ -142,7 +142,7 @@ def write_pairs(folder: str | Path, count: int, seed: int = 0, style: str = "lis
     try:
         (path.parent / "images").mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            # The leading number separates this stream from that of the prompts.
+            # The leading number makes these random numbers differ from those of the prompts.
             rng = np.random.default_rng([17, SPLITS["train"], seed, index])
             scene, name = sample_scene(rng, "train"), f"images/{index:06d}.png"
             prompt = conversations.DETAILED_PROMPTS[rng.integers(len(conversations.DETAILED_PROMPTS))]
@@ -162,8 +162,8 @@ def write_pairs(folder: str | Path, count: int, seed: int = 0, style: str = "lis
 
 
 def sample_prompts(count: int, seed: int = 0, mix: Mix = Mix()) -> list[tuple[str, PocketPrompt]]:
-    """The prompts of `write_prompts`, each with the name of its group of scenes; the scenes follow the train split."""
-    # The leading number keeps this stream apart from those of conversations and of the written splits.
+    """The prompts of `write_prompts`, each with the name of its group of scenes; the scenes are of the train split."""
+    # The leading number makes these random numbers differ from those of conversations and of the written splits.
     streams = [np.random.default_rng([13, SPLITS["train"], seed, index]) for index in range(count)]
     alone = [rng.random() < mix.single for rng in streams]
     several = count - sum(alone)

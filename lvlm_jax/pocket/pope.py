@@ -21,9 +21,9 @@ def pope_rows(
 ) -> list[dict]:
     """Questions about every image with at least three categories: three present and three absent ones, alternating.
 
-    Absent categories are: "random": any; "popular": the categories in most images; "adversarial": for each present
-    category in a question, the one that shares most images with it. Frequencies are those in `images`; ties are broken
-    by the order of `categories`. No category occurs twice for one image.
+    The absent categories are, for "random": any; for "popular": those that occur in most images; for "adversarial": for
+    each present category in a question, the one that shares most images with it. Frequencies are those in `images`;
+    ties are broken by the order of `categories`. No category occurs twice for one image.
 
     Args:
         images: (file name, distinct categories present); the questions are about the first three categories.

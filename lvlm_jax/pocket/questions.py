@@ -10,9 +10,9 @@ from lvlm_jax.pocket.captions import NUMBERS, capital, quantity, third, typical_
 from lvlm_jax.pocket.scenes import Placed, Scene
 
 ORDINALS = ("first", "second", "third", "fourth")
-OTHERS = 5  # wrong answers to which object images share
+OTHERS = 5  # largest number of wrong answers to "Which object is in all images?"
 MARGIN = 0.1  # smallest difference between two positions in a question, as a fraction of the image's side
-HARD_NEGATIVES = 0.25  # share of absent objects in training questions that are typical of the scene
+HARD_NEGATIVES = 0.25  # of the absent objects in training questions, the share that is typical of the scene
 
 EXISTENCE = (
     "Is there {} in the image?",
@@ -54,7 +54,7 @@ def article(category: str) -> str:
 
 
 def absent_category(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_NEGATIVES) -> str:
-    """A category not in `scene`: with probability `hard` typical of the place, else any; with None never typical."""
+    """A category not in `scene`: a typical one of the place with probability `hard`, or never if `hard` is None."""
     if hard is not None and rng.random() < hard:
         return typical_absentee(scene, rng)
     ruled_out = set(scene.counts)
@@ -71,7 +71,7 @@ def _pick(options: Sequence, rng: np.random.Generator):
 
 
 def _paraphrase(options: Sequence[str], rng: np.random.Generator) -> str:
-    """The first wording (the benchmarks' own) half of the time, else any."""
+    """Half of the time the first wording, which is that of the benchmarks; else any of the wordings."""
     return options[0] if rng.random() < 0.5 else _pick(options, rng)
 
 
@@ -261,7 +261,7 @@ def _one_of_them(kind: str, text: str, place: int, count: int) -> Question:
 
 
 def in_all_images(scenes: Sequence[Scene], rng: np.random.Generator) -> Question:
-    """Is a category in every image? Yes with probability one half if the images share a category."""
+    """Is a category in every image? If the images share a category, the answer is yes in most draws."""
     shared = _shared(scenes)
     answer = bool(shared) and bool(rng.random() < 0.6)
     if answer:

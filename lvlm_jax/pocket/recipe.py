@@ -1,8 +1,8 @@
 """The training recipe of the pocket model, in three stages.
 
 1. `tower`: the vision tower learns which object, or which kind of place, each patch shows.
-2. `connector`: the same labels, read from the decoder's own word embeddings, and the words "left", "middle" and "right"
-   by a patch's column: image tokens become similar to the words for their object and their place.
+2. `connector`: image tokens become similar to the decoder's embeddings of words: the word for the object or the kind of
+   place that the patch shows, and "left", "middle" or "right", according to the patch's column.
 3. `everything`: conversations about one to four images, with loss on the answers, and a share of stage 2's loss.
 
 Without the first two stages, the decoder learns to speak long before it learns to look.
@@ -35,7 +35,7 @@ from lvlm_jax.training.losses import Mean, accuracy, cross_entropy
 
 STAGES = ("tower", "connector", "everything")
 CLASSIFIER = "classifier"  # a further parameter, only in the first stage
-# Projections into the residual stream start smaller, so that its size does not grow with depth.
+# Projections into the residual stream are smaller at the start, so that the stream's size does not grow with depth.
 RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2")
 
 
@@ -77,7 +77,10 @@ def hf_config(settings: Any, encoder: Any) -> dict:
 
 
 def initial_parameters(config: LlavaConfig, seed: int) -> dict:
-    """Initial parameters: kernels by fan-in, norms one, biases zero, unit-length embeddings, half the heads mimetic."""
+    """Initial parameters: kernels scaled by fan-in, norms one, biases zero, embeddings of about unit length.
+
+    The first half of each layer's heads attends to similar tokens from the start (`_look_for_alike`).
+    """
     depth = {"language_model": config.text.num_layers, "vision_tower": config.vision.num_layers}
     shapes = models.abstract_parameters(config)
     leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
@@ -132,7 +135,7 @@ def word_logits(module: nn.Module, params: dict, image_tokens: jax.Array, words:
 
 
 def tower_metrics(module: nn.Module, params: dict, batch: dict) -> dict[str, Mean]:
-    """Metrics of stage 1, from a linear classifier on the tower that is discarded afterwards."""
+    """Metrics of stage 1, from a linear classifier on the tower; the classifier is discarded after the stage."""
     features = module.apply({"params": params}, sft.pixels(batch["images"]), method="image_features")
     logits = features @ params[CLASSIFIER]["kernel"] + params[CLASSIFIER]["bias"]
     return patch_metrics(logits, batch["labels"])
@@ -141,7 +144,7 @@ def tower_metrics(module: nn.Module, params: dict, batch: dict) -> dict[str, Mea
 def connector_metrics(
     module: nn.Module, words: np.ndarray, columns: np.ndarray, params: dict, batch: dict
 ) -> dict[str, Mean]:
-    """Metrics of stage 2: the objects and the places of patches."""
+    """Metrics of stage 2, about the objects and the columns of patches; `words` and `columns` as in `Recipe`."""
     image_tokens = sft.encode(module, params, batch["images"])
     metrics = patch_metrics(word_logits(module, params, image_tokens, words), batch["labels"])
     metrics["place_loss"] = place_loss(module, params, image_tokens, batch["labels"], columns)
@@ -162,7 +165,7 @@ def place_loss(
 def conversation_metrics(
     module: nn.Module, words: np.ndarray, columns: np.ndarray, params: dict, batch: dict, method: Method | None = None
 ) -> dict[str, Mean]:
-    """Metrics of stage 3: over the answer tokens of all rectangles of the batch, and over patches."""
+    """Metrics of stage 3, over all answer tokens and patches of the batch; `words` and `columns` as in `Recipe`."""
     total: dict[str, Mean] = {}
     for part in batch.values():
         image_tokens = sft.encode(module, params, part["images"])
@@ -197,7 +200,15 @@ def evaluation(score: Callable[[dict, dict], dict[str, Mean]], batches: dict[str
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The parts that the stages share."""
+    """The parts that the stages share.
+
+    Attributes:
+        config: the recipe's configuration.
+        encoder: the tokenizer.
+        module: the model.
+        words: the token of each patch label, from `label_words`.
+        columns: the token of each column of patches, from `column_words`.
+    """
 
     config: ConfigDict
     encoder: Any
@@ -214,14 +225,14 @@ class Recipe:
         return cls(config, encoder, module, words, columns)
 
     def initial(self, stage: str, params: dict) -> dict:
-        """The initial parameters of a stage: those so far, and for the tower stage also a classifier."""
+        """The initial parameters of a stage: `params`, with a classifier in the tower stage, without one in others."""
         if stage != "tower":
             return {key: value for key, value in params.items() if key != CLASSIFIER}
         shape = (self.module.config.vision.hidden_size, pocket_data.LABEL_COUNT)
         return params | {CLASSIFIER: {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}}
 
     def start(self, checkpoint: str) -> dict:
-        """The parameters of an existing pocket checkpoint, as starting point.
+        """The parameters of an existing pocket checkpoint, from which training starts.
 
         Raises:
             LVLMError: the checkpoint has other sizes or another vocabulary; see also `LVLM.from_pretrained`.
@@ -237,7 +248,7 @@ class Recipe:
         """The method under whose attention the last stage learns; None for plain attention.
 
         Raises:
-            LVLMError: no such method, or one that nothing can be trained under.
+            LVLMError: the method is unknown, or no model can be trained under it.
         """
         method = as_method(self.config.everything.method)
         if method is not None:
@@ -281,8 +292,10 @@ class Recipe:
 
 
 def settings_of(config: ConfigDict, stage: str) -> ConfigDict:
-    """The settings of a stage for `loop.train`: its own fields, the loop's, the seed; `config.steps` overrides its
-    steps."""
+    """The settings of a stage for `loop.train`: the fields of `config.loop` and of the stage, and the seed.
+
+    `config.steps`, if it is not 0, replaces the stage's number of steps.
+    """
     settings = ConfigDict({**config.loop, **config.get(stage, {})})
     settings.steps = config.steps or settings.get("steps", 0)
     settings.seed = config.seed

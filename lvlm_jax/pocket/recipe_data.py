@@ -15,22 +15,25 @@ from lvlm_jax.pocket.scenes import Scene, patch_labels, render, sample_scene
 CATEGORY_COUNT = len(catalogue.CATEGORIES)
 LABEL_COUNT = CATEGORY_COUNT + len(catalogue.SCENE_NAMES)
 
-# Conversations drawn per step, from which each of the two kinds fills its rows.
+# Largest number of conversations drawn per step; those about one image and those about several fill separate arrays.
 RESERVED = 256
 DRILL_TURNS = 6
 POSITION_SHARE = 1 / 4  # of the drill questions
-CHOICE_SHARE = 1 / 2  # of the other drill questions: without it, yes/no stays at chance for long
+CHOICE_SHARE = 1 / 2  # of the other drill questions; without them, yes/no answers stay at chance for long
 ONE_WORD = conversations.SUFFIXES[0]
 
 
 def place_labels(scene: Scene) -> np.ndarray:
-    """Label of each patch, int32 [64]: the index of a category in CATEGORIES, or after those the kind of place."""
+    """Label of each patch, int32 [64]: the index of its object in CATEGORIES.
+
+    The label of a patch without an object is the number of categories plus the index of the kind of place.
+    """
     labels = patch_labels(scene)
     return np.where(labels > 0, labels - 1, CATEGORY_COUNT + catalogue.SCENE_NAMES.index(scene.kind)).astype(np.int32)
 
 
 def column_words(encoder: Any) -> np.ndarray:
-    """Per column of patches, the token for its third of the image, int32 [8]."""
+    """The token for "left", "middle" or "right" of each column of patches, int32 [8]."""
     side = tokenizer.SIZE // tokenizer.PATCH
     names = [THIRDS[3 * (2 * column + 1) // (2 * side)] for column in range(side)]
     return np.array([encoder(f" {name}", add_special_tokens=False)["input_ids"][0] for name in names], np.int32)
@@ -59,7 +62,7 @@ class Pictures:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One rectangle of a batch: the number of rows, tokens per row, and images."""
+    """The sizes of one part of a batch: the number of rows, the tokens per row, and the number of images."""
 
     rows: int
     length: int
@@ -70,10 +73,10 @@ class Part:
 class Conversations:
     """Conversations about one image and about several, in two separate arrays, so that both have little padding.
 
-    The first `drill` rows of `single` have short questions about the existence, kind and place of objects, and a
-    caption: in ordinary conversations, too few answers depend on these for a small model to learn to look. Absent
-    objects are drawn as in `questions.absent_category`, with `hard`: a model that is drilled to resist typical objects
-    would not be tempted by them, and POPE's adversarial split would show nothing.
+    The first `drill` rows of `single` have short questions (existence, choice, position) and a caption: too few answers
+    of ordinary conversations depend on single objects for a small model to learn to look. `questions.absent_category`
+    draws absent objects, with `hard`: a model that is drilled to resist typical objects would not be tempted by them,
+    and POPE's adversarial split would show nothing.
     """
 
     seed: int
@@ -118,9 +121,9 @@ def rows_of(encoder: Any, samples: list[tuple[list[Scene], list[tuple[str, str]]
     """Conversations as arrays.
 
     Returns:
-        tokens: int32 [rows, length], right-padded. answers: bool [rows, length], the tokens with loss.
-        images: uint8 [images, 96, 96, 3], those of all rows in reading order, then black ones.
-        labels: int32 [images, 64], -1 for the black ones.
+        tokens: int32 [rows, length], right-padded. answers: bool [rows, length], true at the tokens with loss.
+        images: uint8 [images, 96, 96, 3], the images of all rows in order, then black images.
+        labels: int32 [images, 64], the labels of patches; -1 in black images.
     """
     tokens = np.full((part.rows, part.length), encoder.pad_token_id, np.int32)
     answers = np.zeros((part.rows, part.length), bool)
@@ -137,10 +140,11 @@ def rows_of(encoder: Any, samples: list[tuple[list[Scene], list[tuple[str, str]]
 
 
 def held_out(encoder: Any, count: int, length: int = 128) -> dict[str, dict[str, np.ndarray]]:
-    """Single questions about validation scenes, in the form of the test: by kind, `count` rows each.
+    """Questions about validation scenes, one per row, worded as in the test split: kind -> a batch of `count` rows.
 
-    The "no" half of `existence` uses any absent object, that of `tempting` one that is typical of the scene; `choice`,
-    `counting` and `position` have one-word answers. Only the first answer token has loss.
+    About half of `existence` and of `tempting` has the answer no: `existence` then names any absent object, `tempting`
+    one that is typical of the scene. `choice`, `counting` and `position` have one-word answers. Only the first answer
+    token has loss.
     """
     rng = np.random.default_rng([3, 0])
     kinds: dict[str, list] = {name: [] for name in ("existence", "tempting", "choice", "counting", "position")}

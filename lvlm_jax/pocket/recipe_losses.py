@@ -23,7 +23,7 @@ def pixels(images: UInt8[Array, "I Y X 3"]) -> Float[Array, "I 3 Y X"]:
 
 
 def image_id_of(tokens: Int[Array, "B T"], image_token: int, tokens_per_image: int) -> Int[Array, "B T"]:
-    """0 for text, k >= 1 for the row's k-th image. Padding on the right counts as text: no real row sees it."""
+    """0 at text tokens, k >= 1 at tokens of the k-th image; padding, which is on the right, counts as text."""
     placeholder = tokens == image_token
     order = (jnp.cumsum(placeholder, axis=1) - 1) // tokens_per_image + 1
     return jnp.where(placeholder, order, 0).astype(jnp.int32)
@@ -44,7 +44,7 @@ def next_token_logits(
 
 
 def encode(module: nn.Module, params: Any, images: UInt8[Array, "I Y X 3"]) -> Float[Array, "I P E"]:
-    """Image tokens of 8-bit pictures."""
+    """Image tokens of 8-bit images."""
     return forward.encode_images(module, params, pixels(images))
 
 
@@ -57,6 +57,6 @@ def answer_metrics(logits: Float[Array, "B T V"], batch: dict[str, jax.Array]) -
 def metrics(
     module: nn.Module, params: Any, batch: dict[str, jax.Array], method: Method | None = None
 ) -> dict[str, Mean]:
-    """`answer_metrics` of one batch from pictures and tokens."""
+    """`answer_metrics` of a batch with `images`, `tokens` and `answers`."""
     image_tokens = encode(module, params, batch["images"])
     return answer_metrics(next_token_logits(module, params, batch["tokens"], image_tokens, method), batch)

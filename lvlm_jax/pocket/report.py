@@ -51,7 +51,7 @@ def interval(totals: np.ndarray, counts: np.ndarray) -> list[float]:
 
 
 def rate(scores: dict[str, list[float]]) -> dict:
-    """The mean of scores grouped by image, with its interval and the number of scores."""
+    """The mean of scores that are grouped by image, with the mean's interval and the number of scores."""
     totals = np.array([sum(group) for group in scores.values()], float)
     counts = np.array([len(group) for group in scores.values()], float)
     value = totals.sum() / counts.sum()
@@ -115,7 +115,7 @@ def _lines(path: Path) -> list[dict]:
 
 
 def pope(examiner: Examiner) -> dict:
-    """The three POPE files, and the random one with every question moved to another image."""
+    """Accuracy and share of yes on POPE's three files, and on the random file with the images exchanged."""
     strategies = ("random", "popular", "adversarial")
     rows_by_strategy = {name: _lines(examiner.folder / "pope" / f"pope_{name}.json") for name in strategies}
     names = sorted({row["image"] for row in rows_by_strategy["random"]})
@@ -178,7 +178,7 @@ def questions(examiner: Examiner) -> dict:
 
 
 def spoken(examiner: Examiner) -> dict:
-    """How many questions without an image are answered correctly; a language model can know the answers."""
+    """The share of correct answers to questions without an image, which a language model can know."""
     replies = examiner.ask([{"images": [], "text": text} for text in SPOKEN], "without an image", "", 40)
     right = [word in text.lower() for word, (text, _) in zip(SPOKEN.values(), replies, strict=True)]
     return {"questions without an image: answered": rate(grouped(list(SPOKEN), right))}

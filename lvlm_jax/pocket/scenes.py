@@ -16,7 +16,7 @@ GRID = SIZE // PATCH
 SPLITS = {"train": 0, "val": 1, "test": 2}
 
 AGAINST_TYPE = 0.15  # share of test scenes whose objects belong to another place
-MIN_VISIBLE = 0.4  # a less visible object is not placed
+MIN_VISIBLE = 0.4  # at least this share of every object's pixels stays visible
 SOLID = 100  # alpha (0-255) from which a pixel belongs to the object
 
 
@@ -30,7 +30,7 @@ class Placed:
         sprite: index of the drawing in `catalogue.sprites()`.
         x, y: left and top of the drawing on the image, pixels; may be negative.
         size: longer side of the upright drawing, pixels.
-        flip: mirrored left to right.
+        flip: whether the drawing is mirrored left to right.
         rotation: degrees, counter-clockwise.
         brightness: factor on the RGB values.
         box: (left, top, width, height) of the visible pixels.
@@ -64,7 +64,7 @@ class Scene:
 
     Attributes:
         kind: scene type as in `catalogue.SCENE_NAMES`; the background follows it.
-        against_type: the objects were drawn from another scene type's distribution.
+        against_type: whether the objects were drawn from another scene type's distribution.
         horizon: row (pixels from the top) where the lower part of the background begins.
         upper, lower: RGB of the two parts.
         texture_seed: seed of the background's grain.
@@ -94,7 +94,7 @@ class Scene:
         return [placed for placed in self.objects if placed.category == category]
 
 
-# Sizes, angles and mirror images of all sprites: 11520 drawings, about 40 MB when all have been used.
+# All sprites in all sizes, angles and mirror images are 11520 drawings, which take about 40 MB.
 @functools.lru_cache(maxsize=16384)
 def _drawing(sprite: int, size: int, flip: bool, rotation: int) -> np.ndarray:
     """RGBA uint8 [h, w, 4] of one transformed sprite, cropped to what is visible."""
@@ -118,7 +118,7 @@ def _window(placed: Placed, height: int, width: int) -> tuple[slice, slice, slic
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture of `scene`: uint8 [96, 96, 3]."""
+    """The image of `scene`: uint8 [96, 96, 3]."""
     rows = np.arange(SIZE, dtype=np.float32)[:, None]
     shade = np.where(rows < scene.horizon, 1.1 - 0.2 * rows / SIZE, 0.82 + 0.25 * rows / SIZE)
     base = np.where(rows < scene.horizon, np.float32(scene.upper), np.float32(scene.lower)) * shade

@@ -18,11 +18,11 @@ IMAGE, IMAGE_TOKENS = "<image>", 64
 KINDS = ("existence", "choice", "counting", "position", "colour", "place", "refused")
 SHARES = np.cumsum((0.5, 0.24, 0.08, 0.08, 0.05, 0.03, 0.02))
 TURNS = 16  # more than fit into a row
-ANSWERS = 80  # learned tokens of a row; later ones are left out
+ANSWERS = 80  # largest number of tokens with loss in a row; later answer tokens have none
 
 
 def segments(images: int, turns: Sequence[Turn]) -> list[tuple[str, str]]:
-    """(prompt, answer) pieces of a conversation in ChatML; only the answers, with the end of the turn, are learned."""
+    """(prompt, answer) pieces of a conversation in ChatML; only the answers and their end-of-turn tokens have loss."""
     markers, pieces = f"{IMAGE}\n" * images, []
     for question, answer in turns:
         between = "\n" if pieces else ""
@@ -35,7 +35,7 @@ def encode(encoder: Any, images: int, turns: Sequence[Turn], length: int) -> tup
     """Token ids of a conversation, cut before the first turn that does not fit into `length`.
 
     Returns:
-        ids, the indices of learned tokens, and the index of the first token of each one-word answer.
+        ids, the indices of the tokens with loss, and the index of the first token of each one-word answer.
     """
     image = encoder.convert_tokens_to_ids(IMAGE)
     ids: list[int] = []
@@ -56,7 +56,7 @@ def encode(encoder: Any, images: int, turns: Sequence[Turn], length: int) -> tup
 
 
 def single_turns(scene: Scene, rng: np.random.Generator, hard: float | None) -> list[Turn]:
-    """Different questions about one image; one row in four begins with a description, and two in four have it later."""
+    """Different questions about one image, with a description: first in 1 of 4 rows, later in 2 of 4, else none."""
     turns, used = [], set()
     for _ in range(TURNS):
         kind = KINDS[min(int(SHARES.searchsorted(rng.random())), len(KINDS) - 1)]
@@ -100,7 +100,7 @@ class Chats:
     """Batches of rows about one image each. The first row of every second batch has no image or two images,
     alternating.
 
-    `hard` is the probability that an absent object is chosen among the typical ones of the place; None excludes these.
+    `hard` is the probability that an absent object is typical of the place; None excludes typical objects.
     """
 
     seed: int
@@ -131,9 +131,9 @@ def rows_of(encoder: Any, samples: Sequence[tuple[list[Scene], Sequence[Turn]]],
 
     Returns:
         tokens: int32 [rows, length], right-padded.
-        columns: int32 [rows, ANSWERS], columns of the learned tokens; 0 after the last.
-        words: bool [rows, ANSWERS], which of them begin a one-word answer.
-        images: uint8 [images, 96, 96, 3], of all rows in reading order, then black ones.
+        columns: int32 [rows, ANSWERS], the columns of the tokens with loss; 0 after the last.
+        words: bool [rows, ANSWERS], whether the token with loss begins a one-word answer.
+        images: uint8 [images, 96, 96, 3], the images of all rows in order, then black images.
     """
     tokens = np.full((len(samples), length), encoder.pad_token_id, np.int32)
     columns = np.zeros((len(samples), ANSWERS), np.int32)
@@ -153,9 +153,10 @@ def rows_of(encoder: Any, samples: Sequence[tuple[list[Scene], Sequence[Turn]]],
 
 
 def held_out(encoder: Any, count: int, length: int = 128) -> dict[str, dict[str, np.ndarray]]:
-    """Single questions about validation scenes, by kind, `count` rows each; one-word answers.
+    """Questions about validation scenes, one per row, with one-word answers: kind -> a batch of `count` rows.
 
-    The "no" half of `existence` uses any absent object, that of `tempting` one that is typical of the place.
+    About half of `existence` and of `tempting` has the answer no: `existence` then names any absent object, `tempting`
+    one that is typical of the place.
     """
     rng = np.random.default_rng([18, 0])
     kinds: dict[str, list] = {name: [] for name in ("existence", "tempting", "choice", "position")}
@@ -180,16 +181,16 @@ def held_out(encoder: Any, count: int, length: int = 128) -> dict[str, dict[str,
 
 
 def label_vectors(embedding: np.ndarray, encoder: Any) -> np.ndarray:
-    """The target image token of each label of `recipe_data.place_labels`, float32 [labels, E].
+    """The image token to learn for each label of `recipe_data.place_labels`, float32 [labels, E].
 
-    The mean of the language model's own embeddings of the label's words.
+    It is the mean of the language model's own embeddings of the label's words.
     """
     names = [*catalogue.CATEGORIES, *(name.split(" ", 1)[1] for name in catalogue.SCENE_NAMES)]
     return np.stack([_mean_embedding(embedding, encoder, name) for name in names])
 
 
 def column_vectors(embedding: np.ndarray, encoder: Any) -> np.ndarray:
-    """The offset of a target by its column: the words "left", "middle", "right", float32 [8, E]."""
+    """The embedding of "left", "middle" or "right" for each column of patches, float32 [8, E]."""
     side = int(IMAGE_TOKENS**0.5)
     names = [THIRDS[3 * (2 * column + 1) // (2 * side)] for column in range(side)]
     return np.stack([_mean_embedding(embedding, encoder, name) for name in names])

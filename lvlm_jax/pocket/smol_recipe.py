@@ -1,8 +1,8 @@
 """The training recipe of `smol`: the pocket model's tower with SmolLM2, in LLaVA's two stages.
 
-1. `connector`: the token of every patch learns the language model's own embedding of the patch's object, plus a
-   little of "left", "middle" or "right". Language model and tower are frozen, and only embeddings are used.
-2. `language`: conversations; connector and low-rank changes of the language model learn from the answers' tokens. The
+1. `connector`: the token of every patch is trained to equal the language model's embedding of the patch's object, plus
+   a little of "left", "middle" or "right". The tower and the embeddings are frozen; the rest of the model does not run.
+2. `language`: the connector and low-rank adapters of the language model learn from the answers of conversations. The
    frozen kernels are bfloat16, which CPUs with AMX multiply many times faster than XLA multiplies float32.
 """
 
@@ -31,7 +31,11 @@ PLACE = 0.3  # weight of the word for a patch's column in the target of its toke
 
 
 def connector_metrics(module: nn.Module, labels: np.ndarray, columns: np.ndarray, params: dict, batch: dict) -> dict:
-    """`patch_loss` and `patch_accuracy` of naming patches, and `distance` of their tokens from the targets."""
+    """`patch_loss` and `patch_accuracy` of patch labels, and `distance`: mean squared distance of tokens from targets.
+
+    Args:
+        labels, columns: from `smol_data.label_vectors` and `smol_data.column_vectors`.
+    """
     tokens = recipe_losses.encode(module, params, batch["images"])
     metrics = recipe.patch_metrics(jnp.einsum("IPE,LE->IPL", tokens, labels), batch["labels"])
     is_object = batch["labels"] < recipe_data.CATEGORY_COUNT
@@ -80,7 +84,7 @@ def evaluation(metrics: Callable[[dict, dict], dict], batches: Mapping[str, dict
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The parts that the stages share: the configuration, the tokenizer, and the frozen parameters."""
+    """The parts that the stages share: configuration, tokenizer, and the original parameters (`still`)."""
 
     config: ConfigDict
     encoder: Any
@@ -97,11 +101,11 @@ class Recipe:
         return cls(config, AutoTokenizer.from_pretrained(folder, local_files_only=True), smol.untrained())
 
     def module(self, dtype: str) -> nn.Module:
-        """The model with products in a dtype."""
+        """The model, which multiplies in `dtype`."""
         return models.build(smol.config(), jnp.dtype(dtype))
 
     def initial(self, stage: str, before: dict) -> tuple[dict, dict]:
-        """The initial (trainable, frozen) of a stage."""
+        """The trainable and the frozen parameters at the start of a stage; `before` are those trained so far."""
         if stage == "connector":
             keep = ("vision_tower/",)
             frozen = {path: leaf for path, leaf in self.still.items() if path.startswith(keep)}
@@ -119,7 +123,7 @@ class Recipe:
         return leaf if wide else leaf.astype(self.config.dtype)
 
     def fresh_connector(self) -> dict:
-        """Kernels by fan-in, biases zero."""
+        """Initial parameters of the connector: kernels scaled by fan-in, biases zero."""
         shapes = models.abstract_parameters(smol.config())["connector"]
         leaves, structure = jax.tree.flatten(shapes)
         keys = jax.random.split(jax.random.key(self.config.seed), len(leaves))
@@ -150,7 +154,7 @@ class Recipe:
         return loop.Task(stage, functools.partial(joined, metrics), terms, source, evaluation(metrics, held_out))
 
     def export(self, trained: dict, workdir: Path) -> Path:
-        """Writes the trained parameters to `workdir`, and the complete checkpoint to `export` beside them."""
+        """Writes the trained parameters to `workdir`, and the checkpoint to `config.export` or `workdir/export`."""
         smol.write_trained(workdir, flatten(trained), self.config.lora.alpha / self.config.lora.rank)
         return smol.write_checkpoint(Path(self.config.export or workdir / "export"), smol.trained(workdir))
 
@@ -162,7 +166,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
         The folder of the Hugging Face checkpoint: `config.export`, or `export` in `workdir`.
 
     Raises:
-        LVLMError: an unknown stage, or no SmolLM2; see also `loop.train`.
+        LVLMError: a stage is unknown, or SmolLM2 is missing; see also `loop.train`.
         SystemExit: a signal requests a stop.
     """
     if unknown := [stage for stage in config.stages if stage not in STAGES]:

@@ -169,7 +169,7 @@ def description(scene: Scene, rng: np.random.Generator, noisy: bool) -> str:
 
 
 def short_caption(scene: Scene, rng: np.random.Generator, noisy: bool) -> str:
-    """One sentence that names up to three categories; `noisy` as in `description`."""
+    """One sentence that names up to three present categories; `noisy` as in `description`."""
     parts = list(captions.phrases(scene).values())[:3]
     if noisy:
         parts.insert(int(rng.integers(len(parts) + 1)), captions.quantity(captions.typical_absentee(scene, rng), 1))
@@ -206,7 +206,7 @@ def existence_turn(scene: Scene, rng: np.random.Generator, hard: float | None) -
 
 
 def refused_turn(rng: np.random.Generator) -> Turn:
-    """A question that the image does not answer."""
+    """A question that no image answers, and an answer that says so."""
     return pick(_REFUSED, rng)
 
 

@@ -43,7 +43,7 @@ def write_split(folder: str | Path, split: str, images: int, seed: int | tuple[i
         How many images, objects and captions were written, and how many questions per file.
 
     Raises:
-        LVLMError: an unknown split, no images, too few for POPE, or an unusable folder.
+        LVLMError: the split is unknown, the images are none or too few for POPE, or the folder cannot be used.
     """
     known_split(split)
     if images < 1:
@@ -70,7 +70,7 @@ def write_split(folder: str | Path, split: str, images: int, seed: int | tuple[i
 
 
 def known_split(split: str) -> str:
-    """The split itself. `LVLMError` if there is none of that name."""
+    """Returns `split`, if it is the name of a split; otherwise raises `LVLMError`."""
     if split not in SPLITS:
         raise LVLMError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
     return split
@@ -92,7 +92,7 @@ def demo_scene() -> Scene:
 
 
 def _generator(purpose: int, split: str, seeds: tuple[int, ...]) -> np.random.Generator:
-    """Each file has its own random generator, so that a change to one file leaves the others unchanged."""
+    """The random generator for one file. Each file has its own, so that a change to one leaves the others unchanged."""
     return np.random.default_rng([12, purpose, SPLITS[split], *seeds])
 
 

@@ -21,12 +21,12 @@ class Setup:
     """Settings that all parts of a run share.
 
     Attributes:
-        config: of configs/pocket_training.py.
-        out: folder of everything.
-        batch_size: questions at once.
-        resamples: of the bootstrap.
-        images, captions: test images to ask about and to describe.
-        seconds: duration of each stage, known when it is done.
+        config: the settings of configs/pocket_training.py.
+        out: folder of all files of the run.
+        batch_size: number of questions that are answered at once.
+        resamples: number of bootstrap resamples.
+        images, captions: numbers of test images to ask about and to describe.
+        seconds: name of a finished stage -> its duration.
     """
 
     config: ConfigDict
@@ -53,7 +53,9 @@ class Setup:
         """Does a piece of work once, even if the run is stopped and resumed.
 
         Args:
-            about: everything that determines its result.
+            name: name of the stage and of its folder below `out`.
+            about: everything that determines the result.
+            work: does the work.
 
         Raises:
             LVLMError: the folder has a result with other settings.

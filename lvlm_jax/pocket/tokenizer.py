@@ -18,7 +18,7 @@ from lvlm_jax.pocket import catalogue, conversations
 from lvlm_jax.pocket.scenes import GRID, PATCH, SIZE
 
 UNKNOWN, BEGIN, END, PAD, IMAGE = "<unk>", "<s>", "</s>", "<pad>", "<image>"
-SPECIALS = (UNKNOWN, BEGIN, END, PAD, IMAGE)  # ids 0 to 4, as in LLaMA's vocabulary for the first three
+SPECIALS = (UNKNOWN, BEGIN, END, PAD, IMAGE)  # ids 0 to 4; the first three are as in LLaMA's vocabulary
 VOCABULARY = 1280
 CONTEXT = 1024
 IMAGE_TOKENS = GRID * GRID
@@ -81,7 +81,7 @@ def world_text(conversation_count: int = TRAINING_CONVERSATIONS) -> Iterator[str
 
 
 def train_tokenizer(texts: Iterable[str], size: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """Trains byte-level BPE with `size` entries on `texts`: special tokens first, then all 256 bytes, then merges."""
+    """Trains byte-level BPE on `texts`; the `size` entries are special tokens, then all 256 bytes, then merges."""
     bare = Tokenizer(models.BPE())
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bare.decoder = decoders.ByteLevel()

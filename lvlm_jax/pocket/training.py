@@ -1,8 +1,8 @@
 """Flow alignment on the pocket model: SEVI's effect in the weights, and what that changes on the pocket benchmark.
 
-Folders below the one of the `Setup`:
+Folders below `Setup.out`:
 
-    prompts/                           prompts about one image, to learn and held out
+    prompts/                           prompts about one image, for training and for validation
     flow_alignment/                    work folder of `lvlm train`: logs, checkpoints, adapter, export
     benchmark/PART/MODEL/              answers and scores
 """
@@ -32,12 +32,12 @@ PROMPTS = ("one", "one-held-out")
 
 
 def prompts_of(setup: Setup, name: str) -> Path:
-    """File of prompts, one of `PROMPTS`."""
+    """The prompt file called `name`, one of `PROMPTS`."""
     return setup.out / "prompts" / name / "prompts.jsonl"
 
 
 def sevi(setup: Setup) -> SEVI:
-    """The teacher's method."""
+    """The method under which the teacher answers."""
     flow = setup.config.flow_alignment.flow
     return SEVI(omega=flow.omega, kappa=flow.kappa, start_layer=flow.start_layer)
 
@@ -60,7 +60,7 @@ def draw_prompts(setup: Setup) -> None:
 
 
 def train(setup: Setup) -> None:
-    """The training, by the same code as `lvlm train`."""
+    """Trains the student, by the same code as `lvlm train`."""
     config = setup.config[RECIPE].copy_and_resolve_references()
     data = [prompts_of(setup, name) for name in PROMPTS]
     config.model, (config.data, config.validation) = setup.config.model, map(str, data)
@@ -69,7 +69,10 @@ def train(setup: Setup) -> None:
 
 
 def benchmark(setup: Setup, part: pocket.Part, arms: Mapping[str, Arm], load: Callable) -> Findings:
-    """Every model of `arms` on a part of the pocket benchmark; the others are compared with the first."""
+    """Runs every model of `arms` on a part of the benchmark, and compares the others with the first.
+
+    `load` loads a checkpoint.
+    """
     world, protocol = setup.world(part), get(part.protocol)
     folders = {name: setup.out / "benchmark" / part.name / arm.folder for name, arm in arms.items()}
     scores_of, first = {}, next(iter(arms))
@@ -91,7 +94,7 @@ def benchmark(setup: Setup, part: pocket.Part, arms: Mapping[str, Arm], load: Ca
 
 
 def answer_files(folder: Path, protocol: Any) -> list[str]:
-    """The answers in a folder of `Run`, as `rescore` takes them."""
+    """The answer files in the folder of a `Run`, as `rescore` expects them: FILE, or GROUP=FILE for each group."""
     whole = folder / "answers.jsonl"
     if whole.exists():
         return [str(whole)]
@@ -99,7 +102,7 @@ def answer_files(folder: Path, protocol: Any) -> list[str]:
 
 
 def closeness(setup: Setup, load: Callable) -> dict[str, Mapping]:
-    """How much closer than the base the student is to the edited teacher, on held-out answers of each kind."""
+    """How close the student and the base are to the teacher, on held-out answers of each kind."""
     path = setup.out / "benchmark" / "closeness" / "distances.json"
     prompts, trained = prompts_of(setup, PROMPTS[1]), student(setup)
     config = setup.config.flow_alignment
@@ -132,8 +135,8 @@ def run(setup: Setup, load: Callable) -> tuple[dict[str, Findings], dict[str, Ma
     Returns:
         The findings on each part of the benchmark, and how close the student is to the teacher.
 
-    Raises:
-        LVLMError: an unusable model or folder, or a folder of another run.
+        Raises:
+            LVLMError: a model or folder cannot be used, or the folder belongs to another run.
     """
     draw_prompts(setup)
     train(setup)

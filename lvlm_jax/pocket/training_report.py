@@ -1,7 +1,7 @@
 """The effects of flow alignment on the pocket benchmark: compared models, tables, and conclusions in words.
 
-POPE and CHAIR judge it. The tables compare the trained model with its initial model, and with the method that needs no
-training. The page of `lvlm pocket-training` has this part and that of `experiment_report`.
+POPE and CHAIR measure them. The tables compare the trained model with the initial model, and with the initial model
+under SEVI. The page of `lvlm pocket-training` has this part and the part of `experiment_report`.
 """
 
 import collections
@@ -81,7 +81,7 @@ def document(config: ConfigDict, base: str, command: str, seconds: Mapping[str, 
     """The page: the settings of the run, and the parts with its results.
 
     Args:
-        config: of `configs/pocket_training.py`.
+        config: the settings of `configs/pocket_training.py`.
         base: checkpoint folder.
         command: the command line.
         seconds: time of each stage.
@@ -103,7 +103,7 @@ def section(findings: Mapping[str, Findings], close: Mapping[str, Mapping]) -> s
     """The part of the page about flow alignment.
 
     Args:
-        findings: by name of a part of PARTS.
+        findings: name of a part of PARTS -> its findings.
         close: kind of answers -> report of `training.held_out.closeness`.
     """
     lines = ["## Flow alignment: SEVI in the weights", "", *words(findings, close), ""]
@@ -113,7 +113,7 @@ def section(findings: Mapping[str, Findings], close: Mapping[str, Mapping]) -> s
 
 
 def changes(config: ConfigDict) -> Iterator[str]:
-    """Lists the settings of a run; of a recipe only those that differ from the defaults."""
+    """Yields the settings of a run; for a recipe, only the settings that differ from its defaults."""
     recipes = {name: value for name, value in config.items() if "recipe" in _fields(value)}
     data = [
         " ".join(f"{word}" for word in (name, key, inner) if word != "")
@@ -139,7 +139,7 @@ def words(findings: Mapping[str, Findings], close: Mapping[str, Mapping]) -> Ite
         for one, other in ((WITH_SEVI, BASE), (ALIGNED, BASE), (ALIGNED, WITH_SEVI)):
             against = findings[part.name].compare(one, other)
             judged = part.benchmark.judged_by(list(against))
-            # A model that names fewer objects also names fewer absent ones.
+            # Recall is shown too, because a model that names fewer objects also names fewer absent ones.
             for figure in (*judged, *(name for name in against if name == "recall")):
                 direction = part.benchmark.direction(figure)
                 says, sentence = compared(one, other, figure, scores, against[figure], direction)
@@ -159,7 +159,13 @@ def words(findings: Mapping[str, Findings], close: Mapping[str, Mapping]) -> Ite
 def compared(
     one: str, other: str, figure: str, scores: Mapping[str, Mapping], difference: Mapping, direction: int = 1
 ) -> tuple[str, str]:
-    """The verdict, and a sentence with its figures."""
+    """The verdict on `one` compared with `other`, and a sentence with the figures.
+
+    Args:
+        one, other: names of models in `scores`.
+        difference: the paired difference, `one` minus `other`.
+        direction: 1 if high values are good, -1 if low values are good.
+    """
     values = [scores[name]["figures"][figure] for name in (one, other)]
     says = verdicts.verdict(difference["interval"], direction, values[0]["n"])
     if says == verdicts.NOT_DEFINED or any(value["value"] is None for value in values):
