@@ -21,7 +21,7 @@ from lvlm_jax.weights import names
 
 
 def command_line(words: list[str]) -> argparse.Namespace:
-    """The command line, with the methods to look at."""
+    """Parses the command line; `methods` is the result of `chosen_methods`."""
     name = common.ahead(words, method="none").method
     parser = common.Parser(
         prog="lvlm attention",
@@ -77,7 +77,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
 
 
 def chosen_methods(name: str, arguments: argparse.Namespace) -> dict[str, methods.Method | None]:
-    """The answers to show, from left to right: the comparison, then the method."""
+    """Name -> method of the answers to show, from left to right: the comparison, then the method."""
     method = parse.build_method(name, arguments)
     if method is None:
         return {"greedy": None}

@@ -48,7 +48,7 @@ def run(main: Callable[[list[str]], int]) -> typing.NoReturn:
 
     If this is one of several processes and another one died, the message is also one line, and the code is 134.
     """
-    # transformers' warnings (for example about long prompts) come before our errors with the same message.
+    # transformers would warn (for example about a long prompt) before our error says the same.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
     for stream in (sys.stdout, sys.stderr):
@@ -86,7 +86,7 @@ def ahead(words: list[str], **defaults: str | None) -> argparse.Namespace:
 
     Args:
         words: the command line.
-        defaults: default of each of these flags, by name with _ for -; other flags are ignored.
+        defaults: name of a flag, with _ for -, and its default; all other flags are ignored.
     """
     parser = Parser(add_help=False)
     for name, default in defaults.items():
@@ -95,7 +95,7 @@ def ahead(words: list[str], **defaults: str | None) -> argparse.Namespace:
 
 
 def method_flags(parser: argparse.ArgumentParser, words: str) -> None:
-    """Adds the flags of the methods in `words`; "none" has none.
+    """Adds the flags of the methods that `words` names; "none" adds no flag.
 
     Raises:
         LVLMError: there is no such method.

@@ -11,7 +11,7 @@ from lvlm_jax.weights.convert import convert
 
 
 def main(arguments: list[str]) -> int:
-    """Reads the checkpoint, writes the converted one, and reports it."""
+    """Reads the checkpoint, writes the converted one, and prints its size."""
     parser = common.Parser(prog="lvlm convert", description=__doc__)
     parser.add_argument("source", help="checkpoint folder or hub id")
     parser.add_argument("target", help="folder to write")

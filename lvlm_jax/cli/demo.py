@@ -26,14 +26,14 @@ SAID = (
 
 
 def marked(text: str, there: Container[str]) -> str:
-    """An answer, followed by the objects that it names although they are not `there`; nothing follows an answer of
-    no."""
+    """An answer, followed by the objects that it names although they are not `there`; nothing follows
+    an answer that begins with "No"."""
     absent = [] if text.startswith("No") else sorted(name for name in report.mentioned(text) if name not in there)
     return text + f" [not there: {', '.join(absent)}]" * bool(absent)
 
 
 def show(model: Any, chosen: ml_collections.ConfigDict, max_new_tokens: int) -> None:
-    """Prints both examples, each object that is not there marked, and draws them as cards.
+    """Prints both examples, marks every object that is not in the image, and draws the examples as cards.
 
     Args:
         model: an `LVLM` that describes images of the pocket world.

@@ -20,8 +20,8 @@ def draw(path: Path, image: Image.Image, answers: Mapping[str, Sequence[Piece]],
     """Writes the card.
 
     Args:
-        answers: by method name; each is a list of stretches, which together are its text.
-        remark: the line below, in small letters.
+        answers: name of a method -> its answer, cut into stretches.
+        remark: the text below the answers, in small letters.
 
     Raises:
         LVLMError: the file cannot be written.

@@ -149,13 +149,13 @@ def data_folder(flags, protocol: Protocol) -> Path:
 
 
 def joined(flags) -> bool:
-    """Joins the processes described by the environment, if they share one model."""
+    """Joins the processes that the environment describes, if they share one model; returns whether it joined them."""
     spread = max(flags.data_parallel, flags.tensor_parallel) > 1
     return spread and flags.processes is None and parallel.start()
 
 
 def answer_and_score(flags, protocol: Protocol, data: Data, out: Path) -> dict | None:
-    """Has the model answer, then scores and writes; None if other processes have not finished their shares.
+    """Runs the model, scores its answers and writes the scores; None if other processes have not finished their shares.
 
     Raises:
         LVLMError: an unusable model, method, benchmark folder or image, or a log of another run.

@@ -1,6 +1,6 @@
-"""Flags of other programs (LLaVA, VCD, OPERA): translated to ours if there is an equal one, else answered in one line.
+"""Flags of other programs (LLaVA, VCD, OPERA): some are translated to ours; for others, an error says what to do.
 
-Translations are printed on stderr, so that a copied command line teaches the flags of this one.
+Translations are printed on stderr, so that users of a copied command line learn our flags.
 """
 
 import warnings
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from lvlm_jax.errors import LVLMError
 from lvlm_jax.methods import parse
 
-# Their flag -> ours, as several words. VCD's strengths also belong to methods that contrast in the same way (CMAC,
+# Their flag -> ours. VCD's strengths also belong to methods that contrast in the same way (CMAC,
 # SID).
 SAME = {
     "--cd-alpha": "--alpha",

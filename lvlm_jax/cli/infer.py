@@ -38,7 +38,10 @@ methods (none, or one of these); their settings, with defaults, are flags once -
 
 
 def command_line(words: list[str]):
-    """Parses the command line: defaults come from the config, the demo is filled in, `method` is built (or None)."""
+    """Parses the command line; defaults come from the config, and without questions it describes the demo.
+
+    `method` is the method itself, or None.
+    """
     # The config has the defaults, and the method's fields become flags, so both are parsed first.
     absent = dict.fromkeys(("image", "prompt", "question_file", "answers_file"))
     chosen = common.ahead(words, config="infer", method=None, model=None, model_path=None, **absent)

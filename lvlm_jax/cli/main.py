@@ -59,7 +59,7 @@ def run(name: str, words: list[str] | None = None) -> NoReturn:
     """Runs a command with `words` (by default those of the command line), and exits with its exit code."""
     if name in ON_CPU:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # The prefix of every message of the process, also of those from `parallel`.
+    # `sys.argv[0]` is the prefix of every message of the process, also of those from `parallel`.
     sys.argv = [f"lvlm {name}", *(sys.argv[1:] if words is None else words)]
     from lvlm_jax.cli import common
 

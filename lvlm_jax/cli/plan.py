@@ -155,7 +155,10 @@ def _fitting(compiler: str) -> list[str]:
 
 
 def _mesh(arguments: argparse.Namespace) -> tuple[int, tuple[int, int, int]]:
-    """The number of devices, and the mesh's sizes; an axis without a size takes the rest if it is -1, else it is 1."""
+    """The number of devices, and the mesh's sizes, of which one may be -1: the remaining devices.
+
+    If the number of devices is given and no size is -1, the last axis without a size gets -1; the others get 1.
+    """
     sizes = [arguments.data, arguments.fsdp, arguments.tensor]
     count = arguments.devices
     if count is None:

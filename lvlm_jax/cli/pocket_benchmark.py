@@ -36,7 +36,7 @@ def deep(model: str) -> bool:
 
 
 def chosen(method_names: list[str], published: bool = False) -> dict[str, Method | Mapping[str, Method]]:
-    """Name -> method, or methods by part, from configs/pocket_benchmark.py.
+    """Name -> method, or a mapping from parts to methods, from configs/pocket_benchmark.py.
 
     Args:
         method_names: names, "all", or methods in words such as "vti:fitted=vti.safetensors".

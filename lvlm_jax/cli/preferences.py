@@ -34,7 +34,7 @@ from lvlm_jax.training.data.pair_filters import Filters
 from lvlm_jax.weights import names
 
 FILTERS = Filters()
-NEGATION = 0.5  # of the pairs, won by a policy that contradicts the model
+NEGATION = 0.5  # largest share of the pairs that are won by a policy that contradicts the model
 
 
 def build_parser() -> common.Parser:

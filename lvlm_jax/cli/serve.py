@@ -24,7 +24,7 @@ KEY = "LVLM_SERVE_KEY"  # environment variable for the key
 
 
 def build_parser(limits: Any) -> common.Parser:
-    """The flags; one per field of `Limits`."""
+    """The flags, among them one for each field of `Limits`."""
     parser = common.Parser(prog="lvlm serve", description=__doc__, epilog="methods:\n" + parse.methods_help())
     add = parser.add_argument
     add("--model-path", "--model", default="pocket", metavar="PATH",
@@ -96,7 +96,7 @@ def key(file: Path | None) -> str | None:
 
 
 def main(words: list[str]) -> int:
-    """Loads, listens, compiles, serves."""
+    """Loads the model and runs the server."""
     try:
         from lvlm_jax.serving.limits import Limits
         from lvlm_jax.serving.run import serve

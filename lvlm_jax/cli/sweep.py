@@ -22,7 +22,7 @@ from lvlm_jax.weights import names
 
 
 def command_line(words: list[str]) -> argparse.Namespace:
-    """Parses the command line; `method` is built (the base of all settings), and `grid` has its points."""
+    """Parses the command line; `method` has the settings that are not swept, and `grid` is the list of grid points."""
     parser = common.Parser(
         prog="lvlm sweep", description=__doc__, epilog="methods and settings:\n\n" + parse.methods_help()
     )

@@ -45,7 +45,7 @@ def command_line(words: list[str]) -> argparse.Namespace:
     arguments.methods = {"all": tuple(registry.names()), "none": ()}.get(arguments.methods, tuple(names))
     for name in arguments.methods:
         registry.get(name)  # raises with the list of methods
-    if not os.path.isdir(arguments.scratch):  # a path may raise for a long name
+    if not os.path.isdir(arguments.scratch):  # `Path.is_dir` may raise for a long name
         raise LVLMError(f"--scratch {str(arguments.scratch)!r} is not a folder; name one with room for the weights")
     return arguments
 

@@ -1,8 +1,8 @@
 """Our models and methods inside other evaluation harnesses; one module per harness, imported only by that harness.
 
-Shared by the modules: turning a harness's settings (text from a command line, or Python values) into a method and a
-`Decoding`. Sources: lmms-eval 0.7.3 and the development guide of VLMEvalKit; `docs/adapters.md` says how each is
-started.
+The modules share these functions, which turn a harness's settings (text from a command line, or Python values) into a
+method and a `Decoding`. Sources: lmms-eval 0.7.3 and the development guide of VLMEvalKit; `docs/adapters.md` says how
+each is started.
 """
 
 import argparse

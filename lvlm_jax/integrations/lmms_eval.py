@@ -65,10 +65,11 @@ class LVLMJax(lmms):
         pretrained: "pocket", a checkpoint folder, or a hub id.
         dtype: "auto" (float32 on a CPU, else bfloat16), "float32", "bfloat16" or "float16".
         method: "none", a method's name, or several joined by +.
-        batch_size: requests answered at once.
+        batch_size: number of requests that are answered at once.
         seed: seed of sampling; every document has its own random stream.
-        likelihood: what `loglikelihood` returns: "logprob", the sum over the continuation, as lmms-eval documents, or
-            "loss", minus its mean, as lmms-eval's own models return and its multiple-choice tasks expect.
+        likelihood: the values of `loglikelihood`. "logprob": the log-probability of the continuation, a sum over its
+            tokens, as lmms-eval documents. "loss": minus the mean over the tokens, as lmms-eval's own models return
+            and its multiple-choice tasks expect.
         fields: settings of the method (`alpha=3`, `preset=llava-1.5/pope`).
 
     Raises:
@@ -76,7 +77,7 @@ class LVLMJax(lmms):
     """
 
     is_simple = True
-    # lmms-eval reads these if it runs as several processes; JAX chooses the model's devices.
+    # lmms-eval reads this if it runs as several processes; JAX chooses the model's devices.
     device = "cpu"
 
     def __init__(
@@ -104,7 +105,7 @@ class LVLMJax(lmms):
         """Makes the model from `--model_args`, which take precedence over flags (`--batch_size` is always given).
 
         Raises:
-            LVLMError: not `key=value` pairs, or the constructor refuses them.
+            LVLMError: the string is not `key=value` pairs, or the constructor refuses them.
         """
         try:
             parsed = simple_parse_args_string(arg_string)
@@ -178,9 +179,9 @@ class LVLMJax(lmms):
         """How likely each continuation is after its images and text, and whether greedy decoding would write it.
 
         A request is `(text, continuation or function of the document, doc_to_visual, doc_id, task, split)`, or `(text,
-        continuation)` without a document. The chat template puts the continuation in the place of an answer; only its
-        tokens count, without the stop token. With a method, every token is scored by the logits from which the method
-        would choose it.
+        continuation)` without a document. The chat template puts the continuation in the place of an answer; only the
+        continuation's tokens count, without the stop token. With a method, every token is scored by the logits from
+        which the method would choose it.
 
         Raises:
             LVLMError: an empty continuation, images or placeholders that cannot be used, or a method that is a search,
@@ -217,7 +218,7 @@ class LVLMJax(lmms):
         return lambda: (doc_to_visual(self._document(*place)) or ()) if doc_to_visual else ()
 
     def _streams(self, places: Sequence[tuple]) -> list[int]:
-        """A seed for each document, and another one each time it is repeated (`--repeats`)."""
+        """A seed for each request; a document that occurs again (`--repeats`) gets another seed."""
         times: Counter = Counter()
         seeds = []
         for doc_id, task, split in places:
@@ -293,7 +294,7 @@ class LVLMJax(lmms):
     def _logits_of_method(
         self, questions: Sequence[list[dict]], tokens: np.ndarray, counts: np.ndarray
     ) -> Float[Array, "B T V"]:
-        """The logits from which a method chooses the last tokens of each row, run token by token as in decoding.
+        """The logits from which a method chooses each continuation's tokens, which run one by one, as in decoding.
 
         Methods treat prompt and answer differently, and contrastive ones combine branches, so a single pass over both
         is not possible.

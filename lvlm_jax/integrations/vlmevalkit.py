@@ -64,7 +64,7 @@ class LVLMJax(BaseModel):
         if not message:
             raise LVLMError("the message is empty; expected a list of {'type': 'image' or 'text', 'value': ...}")
         content = [_part(part) for part in message]
-        # Only the name of an image, because the folder of VLMEvalKit's data differs between machines.
+        # The seed depends on the names of images alone: the folder of VLMEvalKit's data differs between machines.
         parts = (Path(part["value"]).name if part["type"] == "image" else part["value"] for part in message)
         seed = seed_of(self.seed, "\n".join(map(str, parts)))
         conversation = [{"role": "user", "content": content}]

@@ -16,7 +16,7 @@ from lvlm_jax.verification.results import LEFT_OUT, MEASURED, Result, compared
 
 LOGITS, GREEDY, COST = "logits", "greedy answers", "memory and time"
 NEW_TOKENS = 32
-REPEATS, PATIENCE = 3, 60.0  # timing repeats, of which the fastest counts; seconds after which one is enough
+REPEATS, PATIENCE = 3, 60.0  # number of timed runs, the fastest counts; seconds after which one run suffices
 TOLERANCE = 1e-4  # relative to the largest logit
 
 
@@ -89,7 +89,7 @@ def cost(model: LVLM, loaded: float, prompt: Inputs) -> Result:
     """Seconds and bytes of an answer to one prompt.
 
     Args:
-        loaded: seconds of loading.
+        loaded: time of loading the model in seconds.
     """
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     seconds = {}

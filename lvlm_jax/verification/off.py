@@ -15,7 +15,7 @@ TOLERANCE = 1e-4  # relative to the largest logit; strengths of zero may still c
 STEPS = 2  # decoding steps after the prompt
 
 _NO_CUT = 1e-30  # a plausibility cut that excludes nothing
-# By method: the strengths at which it does nothing.
+# Method -> the strengths at which it does nothing.
 NO_STRENGTH: dict[str, dict[str, Any]] = {
     "adaiat": {"alpha": 0.0},
     "adhh": {"tau": 1.1},
@@ -91,7 +91,11 @@ def check(model: LVLM, prompt: Inputs, names: tuple[str, ...]) -> Result:
 
 
 def _steps(model: LVLM, prompt: Inputs, method: methods.Method | None, forced: Any) -> tuple[list[np.ndarray], list]:
-    """The main branch's logits after the prompt and after forced tokens (None: the best tokens), and those tokens."""
+    """The main branch's logits after the prompt and after each token, and these tokens.
+
+    Args:
+        forced: the tokens of each step; None for the likeliest tokens.
+    """
     state, step = model.prefill(prompt, method=method, max_length=int(prompt.lengths.max()) + STEPS + 1)
     logits, chosen_tokens = [np.asarray(step.main)], []
     for number in range(STEPS):

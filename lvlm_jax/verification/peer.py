@@ -129,7 +129,7 @@ class Answers:
     Attributes:
         logits: `Float[T, V]` at every token of the prompt.
         tokens: the greedy answer, of the requested length.
-        margins: `Float[M]`, how far the chosen token's logit is above the next.
+        margins: `Float[M]`, how far the chosen token's logit is above the second largest.
     """
 
     logits: np.ndarray
@@ -166,12 +166,12 @@ def ask(model: Any, prompts: Sequence[Arrays], new_tokens: int) -> list[Answers]
     import torch
     from transformers import GenerationConfig
 
-    # The checkpoint's own settings (penalties, sampling, stop tokens) would apply to all that we leave out.
+    # The checkpoint's own settings (penalties, sampling, stop tokens) would replace those that we leave out.
     model.generation_config = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, use_cache=True, return_dict_in_generate=True, output_logits=True,
         pad_token_id=0,
     )  # fmt: skip
-    # All logits of the prompt come from the one pass that begins the answer: its images may take minutes.
+    # All logits of the prompt come from the pass that begins the answer, because a second pass may take minutes.
     every = {"logits_to_keep": 0} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     answers, passes = [], []
     hook = model.register_forward_hook(lambda module, tensors, out: passes.append(out.logits[0]))

@@ -45,7 +45,7 @@ def check(folder: Path, config: FamilyConfig) -> Result:
 
 
 def differences(ours: object, theirs: peer.Peer, config: FamilyConfig, conversation: Conversation) -> str | None:
-    """The difference for a conversation, "" for none; None if both refuse it."""
+    """How our inputs and transformers' for a conversation differ, in words; "" if equal, None if both refuse it."""
     errors = []
     try:
         ours_laid_out = inputs.from_messages(ours, config, conversation)

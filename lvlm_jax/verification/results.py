@@ -36,7 +36,7 @@ class Result:
 
 
 def compared(name: str, faults: Sequence[str], words: str, **figures: Any) -> Result:
-    """PASSED with `words`, or FAILED with the first faults."""
+    """A result: PASSED with `words` if there are no faults, else FAILED with the first three."""
     if not faults:
         return Result(name, PASSED, words, figures)
     rest = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
@@ -58,11 +58,11 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def record(model: str, sha256: str | None, results: Sequence[Result], seconds: float) -> dict[str, Any]:
-    """Everything that is needed to compare: the checks, the versions, the machine.
+    """The record of a verification: the checks, the versions, the machine.
 
     Args:
-        model: the user's name for it.
-        sha256: hash of its files (`journal.record.checkpoint_hash`).
+        model: the user's name for the model.
+        sha256: hash of the model's files (`journal.record.checkpoint_hash`).
         seconds: duration of all checks.
     """
     return {

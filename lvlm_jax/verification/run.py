@@ -26,7 +26,7 @@ def checks(
     """Runs all checks of a checkpoint folder, as far as possible.
 
     Args:
-        methods: names of the methods to switch off.
+        methods: names of the methods to run at strength zero.
         scratch: a folder with room for a copy of the weights.
         vision_tower: CLIP folder of an authors' LLaVA checkpoint.
         files_only: do not read the weights.
@@ -90,7 +90,7 @@ def _with_weights(
     prompt = model.prepare(prompts()[0])
     cost = _run_check(
         answers.COST, lambda: answers.cost(model, seconds_to_load, prompt)
-    )  # first, because later programs take memory too
+    )  # measured first, because later programs take memory too
     _say(answers.LOGITS)
     try:
         yield from answers.check(model, theirs)

@@ -23,9 +23,9 @@ def check(folder: Path, config: FamilyConfig, vision_tower: str | None, scratch:
     """Saves the parameters in their stored dtype in a temporary folder, and loads them again.
 
     Args:
-        scratch: place of that folder; it takes as much as the weights.
-        ask: the arrays of a prompt, and the answer that transformers gives to it from `folder`; its answer from the
-            copy must be the same. None skips this comparison.
+        scratch: where the temporary folder is made; it takes as much space as the weights.
+        ask: the arrays of a prompt, and the answer of transformers' model of `folder`; the model of the copy must give
+            the same answer. None skips this comparison.
     """
     params = weights.load_parameters(folder, config, None, None, vision_tower)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""Checks that every tensor of a checkpoint has its place: from the headers of its files, or from the index."""
+"""Checks that every tensor of a checkpoint has its place in the model, from the files' headers or from the index."""
 
 import math
 from collections.abc import Collection
