@@ -5,8 +5,8 @@
     python tools/bench.py --size 0.5b --quant int8 --methods "" --transformers float32,bfloat16
 
 Weights are random and made on the device. Every figure is the median of `--runs` runs with their minimum and maximum.
-Compared programs are measured in turns within each run, and each method's tokens right after as many greedy ones,
-because shared machines drift. Beside each is its roofline:
+Compared programs are measured in turns within each run, and each method's tokens right after the same number of
+greedy tokens, because shared machines drift. Beside each figure is its roofline:
 
     least time  =  max(bytes that must move / read bandwidth, FLOPs of the products / peak)
 
@@ -43,7 +43,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def command_line(words: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = common.Parser(prog="tools/bench.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=("pocket", *bench_parts.SIZES), default="0.5b", help="model (default 0.5b)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and caches (default float32)")
@@ -187,7 +187,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     inputs, tokens = bench_parts.random_prompt(config, arguments.batch)
     chosen = [name for name in arguments.methods.split(",") if name]
     if chosen == ["all"]:
-        # Without OPERA, a beam search, which this decode loop does not run, and methods that need something fitted.
+        # All but OPERA, whose beam search this decode loop does not run, and methods that need a fitted file.
         chosen = [name for name in methods.names() if name != "opera" and not hasattr(methods.get(name), "fitted")]
     runners = {"greedy": Ours(params, config, inputs, None, arguments.new_tokens)}
     if arguments.quant != "none":  # the quantized model is compared with this one
@@ -291,7 +291,7 @@ def roofline(moved: float, flops: float, bandwidth: float, peak: float, seconds:
 
 
 def _ratios(these: list[float], those: list[float]) -> list[float]:
-    """Ratios of measurements taken in the same turn."""
+    """The ratios of measurements that were made in the same turn."""
     return [a / b for a, b in zip(these, those, strict=True)]
 
 

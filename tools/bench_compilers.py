@@ -125,7 +125,7 @@ def decode(
 
 
 def tower(compiler: str, config: models.FamilyConfig, pictures: list[tuple[int, int]]) -> jax.stages.Compiled:
-    """A tower that takes patches, for images of the given (height, width) in pixels."""
+    """The compiled tower, which takes patches, for images of the given (height, width) in pixels."""
     side, merge = config.vision.patch_size, config.vision.merge
     unit = side * merge
     sizes = np.array([[1, *(round(length / unit) * merge for length in picture)] for picture in pictures])
@@ -162,7 +162,7 @@ def update(
 
 
 def temporary(program: jax.stages.Compiled) -> float:
-    """GiB of temporary memory."""
+    """GiB of temporary memory of a program."""
     return program.memory_analysis().temp_size_in_bytes / 2**30
 
 
@@ -183,7 +183,7 @@ def figures(compile_one: Callable[[], jax.stages.Compiled]) -> str:
 
 
 def messages(program: jax.stages.Compiled, devices: int) -> str:
-    """What a token of a decoding loop costs in messages between devices, and the bytes of its arguments."""
+    """In words, the messages between devices for one token of a decode loop, and the loop's memory."""
     computations, entry = hlo.of(program)
     times = hlo.runs(computations, hlo.round_of(computations, entry))
     sent = collectives.read(computations, times, devices)

@@ -40,7 +40,7 @@ BATCHES = "1,2,4,8,16,32,64"
 
 
 def command_line(words: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = common.Parser(
         prog="tools/bench_throughput.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -58,7 +58,7 @@ ADAMW = dict(steps=1, peak=1e-5, final=1.0, warmup=0, clip=1.0, beta1=0.9, beta2
 
 
 def command_line(words: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = common.Parser(prog="tools/bench_train.py", description=__doc__)
     parser.add_argument("--size", choices=("pocket", *bench_parts.SIZES), default="pocket",
                         help="model, as in tools/bench.py (default pocket)")  # fmt: skip
@@ -100,7 +100,7 @@ def problem(arguments: argparse.Namespace) -> tuple[object, dict, dict, dict]:
 
 
 def random_pairs(config, count: int, length: int | None) -> dict:
-    """A batch as `training.pair_batches` makes them, of rows without padding: text, image, text, answer.
+    """A batch like those of `training.pair_batches`, whose rows have no padding: text, image, text, answer.
 
     Raises:
         LVLMError: `length` leaves no token for an answer, or exceeds the model's context.

@@ -32,7 +32,7 @@ def values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     if len(shape) == 1:
         if name.endswith("bias"):
             return 0.1 * drawn
-        # The scales of the decoder's last norm have random signs, or with tied embeddings a token would predict itself.
+        # Scales of the decoder's last norm get random signs: with tied embeddings, a token would else predict itself.
         last = name.endswith(("text_model.norm.weight", "model.norm.weight"))
         return np.sign(drawn) if last else 1 + 0.1 * drawn
     if "embed" in name:
