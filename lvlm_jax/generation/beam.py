@@ -1,13 +1,13 @@
 """Beam search: the N best partial answers of every sample, as B·N rows of one batch.
 
 Scores, stop tokens, length penalty and the end of the search are those of transformers (`early_stopping=False`). A
-sample keeps its N best finished answers by sum of log-probabilities / length^penalty. It stops when the best running
-beam, if it ended now, would be no better than the worst of them.
+sample keeps its N best finished answers by sum of log-probabilities / length^penalty. Its search stops when its best
+running beam, if it ended now, would be no better than the worst of these answers.
 
     row b·N + n    beam n of sample b; all rows of a sample share its prompt, so reordering copies only later columns
 
-`Hypotheses` knows nothing of models or caches: a search passes in the scores of continuations, and runs the chosen
-ones.
+`Hypotheses` knows nothing of models or caches: a search passes in the scores of continuations, and runs the
+continuations that are chosen.
 """
 
 import dataclasses
@@ -40,10 +40,10 @@ class Hypotheses:
     """N running answers and N finished answers per sample.
 
     Attributes:
-        tokens, logprobs, scores: of the running beams, best first; buffers of M columns.
+        tokens, logprobs, scores: the running beams, best first; buffers of M columns.
         kept_tokens, kept_logprobs, kept_length, kept_scores: finished answers, best first; scores are divided by
             length^penalty.
-        is_kept: which of these N places contain an answer.
+        is_kept: which of the N places for finished answers are filled.
         open: samples whose search has not ended.
         count: number of tokens in every running beam.
     """
@@ -61,7 +61,7 @@ class Hypotheses:
 
     @classmethod
     def empty(cls, batch: int, beams: int, answer_capacity: int) -> "Hypotheses":
-        """Before the first token: all beams are equal, so only the first may be continued."""
+        """The hypotheses before the first token. All beams are equal then, so only the first may be continued."""
         ruled_out = jnp.full((batch, beams), RULED_OUT, jnp.float32)
         tokens = jnp.zeros((batch, beams, answer_capacity), jnp.int32)
         return cls(
@@ -97,7 +97,7 @@ class Hypotheses:
         """
         batch, beams, width = gains.shape
         flat = (self.scores[:, :, None] + gains).reshape(batch, -1)
-        # Enough that N beams continue even if the best continuations of every beam are stop tokens.
+        # With this many candidates, N beams continue even if the best continuations of every beam are stop tokens.
         spare = beams * max(2, 1 + rule.stop.shape[0])
         scores, places = jax.lax.top_k(flat, min(spare, beams * width))
         token = jnp.take_along_axis(candidates.reshape(batch, -1), places, axis=1)
@@ -113,7 +113,7 @@ class Hypotheses:
         ends = (token[:, :, None] == rule.stop).any(axis=-1) | (count >= rule.limit)
 
         running, order = jax.lax.top_k(scores + RULED_OUT * ends, beams)
-        best = jnp.arange(scores.shape[1]) < beams  # lower-ranked candidates replace those that end
+        best = jnp.arange(scores.shape[1]) < beams  # only these may finish; lower ranks replace those that end
         finishes = ends & best & self.open[:, None]
         normalised = jnp.where(finishes, scores / count**rule.length_penalty, RULED_OUT)
         kept_scores, kept_order = jax.lax.top_k(jnp.concatenate([self.kept_scores, normalised], 1), beams)
@@ -194,7 +194,7 @@ def take_rows(state: State, rows: Int[Array, "R"]) -> State:
 
 
 def _reorder(state: State, parents: Int[Array, "B N"]) -> State:
-    """The rows that the new beams continue. The prefix shared by branches depends on the prompt alone and stays."""
+    """The state with the rows that the new beams continue; its prefix stays, which depends on the prompt alone."""
     batch, beams = parents.shape
     rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
     reordered = take_rows(state, rows)
@@ -204,7 +204,7 @@ def _reorder(state: State, parents: Int[Array, "B N"]) -> State:
 
 
 def _begin(state: State, logits: Float[Array, "B V"], beams: int, answer_capacity: int) -> Search:
-    """All beams after the prompt."""
+    """The search right after the prompt, in which every beam is a copy of its sample's row."""
     batch = logits.shape[0]
     rows = jnp.repeat(jnp.arange(batch), beams)
     return Search(take_rows(state, rows), logits[rows], Hypotheses.empty(batch, beams, answer_capacity))

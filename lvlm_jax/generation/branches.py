@@ -100,11 +100,11 @@ def begin_prefill(
 ) -> chunks.Prefill:
     """Runs `prefill_inputs`, and returns a prefill that advances step by step.
 
-    What samples have in common (`prefixes`) is run once.
+    The common beginning of samples (`prefixes`) runs once.
 
     Args:
         rows: how many rows of the prompt are run at a time; None for as many as `chunks.MOST` allows.
-        recent: the beginning of the previous prompt, if each prompt has one sample.
+        recent: a memory of the previous prompt's beginning; used only for a batch of one.
     """
     inputs = prefill_inputs(params, config, prompt, method, answer_capacity, host)
     options = inputs.options | {"share_prefix": share_prefix, "tap": tap}
@@ -158,7 +158,7 @@ def prefill_options(
 
     Args:
         answer_capacity: how many tokens must fit after the prompt.
-        reads: the prompt of the contrast branch of `method`, if that is not `prompt`.
+        reads: the prompt of the contrast branch, if it has its own; None if the branches share `prompt`.
     """
     apart = reads is not None and contrast_kind(method) not in OTHER_TOKENS
     return {
@@ -253,7 +253,7 @@ def after_warm_up(
         for place, method in enumerate(methods):
             if method is not None and "tower" in method.warm_up_fields:
                 results = results._replace(tower=embed_with_edited_tower(params, config, prompt, main, method, mesh))
-            if pairs is not None:  # the probe edits the pass, so each setting runs its own
+            if pairs is not None:  # the probe edits the pass, so each method runs its own pass
                 probed = decode_loop.probe(params, config, pairs, method.probe(), prompt.image_count)
                 results = results._replace(probe=probed)
             methods[place] = method and method.after_warm_up(results)
@@ -324,7 +324,7 @@ def _last_hidden_states(
 
 
 def with_fewer_tokens(params: dict, config: FamilyConfig, prompt: Inputs, main: Prompt, method: Method) -> Prompt:
-    """The contrast branch's input, for "fewer_tokens".
+    """The contrast branch's input if it leaves image tokens out ("fewer_tokens").
 
     Raises:
         LVLMError: the family's tower has no class token.

@@ -1,4 +1,4 @@
-"""Long prompts in chunks: some rows at a time, behind the columns of those before them.
+"""Runs long prompts in chunks: some rows at a time, which also attend to the columns of earlier chunks.
 
 So the temporary memory is that of one chunk, and other answers continue between two chunks. The last rows, which
 include those that a method edits, are a chunk of their own, which `forward.prefill` runs:
@@ -6,7 +6,7 @@ include those that a method edits, are a chunk of their own, which `forward.pref
     column    0 ..... | ......... | ......... | ......... split .. T-1
     rows      padding | chunk     | chunk     | chunk     | `forward.prefill`
 
-A method that needs more than the last rows of a prompt has it run in one piece.
+If a method needs more than the last rows of a prompt, the prompt runs in one piece.
 """
 
 import functools
@@ -49,7 +49,7 @@ def method_obstacle(method: Method | None) -> str | None:
 def prefix(
     params: dict, config: FamilyConfig, prompt: Prompt, split: int, first: int, rows: int, image_count: int
 ) -> Iterator[tuple[LayerCache, ...]]:
-    """`forward.prefix` of the first `split` columns of a prompt after each chunk; the last time it has all of them.
+    """Yields the caches of the first `split` columns of a prompt after each chunk; the last value is complete.
 
     Args:
         first: the first column that holds a token of any sample.
@@ -87,8 +87,8 @@ class Prefill:
 
         Args:
             main, method, contrast, options: as `forward.prefill` takes them.
-            before: yields None after each chunk of the prefix, and at last the complete prefix. Without it, the prompt
-                is run in one piece.
+            before: yields a value after each chunk of the prefix; the last value is the complete prefix. If it is None,
+                the prompt runs in one piece.
         """
         self.result: tuple[State, Step] | None = None
         self._model, self._main, self._method = (params, config), main, method

@@ -11,7 +11,7 @@ share, if there is one), and each answer begins at the current write index (T pr
 
 When the columns are used up, `compact` moves all answers left as far as the longest running one allows. Shapes are
 static: placing prompts of one size, running and compacting are one program each. A prompt that is longer than all
-before widens every row (`widen`), which needs these programs again.
+before widens every row (`widen`), and these programs are compiled again.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Slots:
         keys: one random key per row.
         seen_tokens: tokens of prompt and answer; None unless a repetition penalty needs it.
         sampling: how tokens are chosen.
-        prompt: number of prompt columns, of each track.
+        prompt: number of prompt columns in each track.
     """
 
     state: State
@@ -74,7 +74,7 @@ class PromptSize:
     """The size of prompts in a row.
 
     Attributes:
-        prompt: number of columns, of each track.
+        prompt: number of prompt columns in each track.
         tail_rows: how many of the last columns differ between branches; all of them if nothing is shared.
         image_count: number of images, rounded up as in `Context`.
     """

@@ -27,7 +27,7 @@ from lvlm_jax.processors.layout import Inputs
 
 
 class ForcedLogits(NamedTuple):
-    """Logits of A answer tokens, each from the row before it.
+    """Logits of A answer tokens; each token's logits come from the row before the token.
 
     Attributes:
         main, contrast: raw logits of the branches; `contrast` is None without a second branch.
@@ -50,9 +50,9 @@ class ForcedInputs:
         contrast: the contrast branch's input, if it is another prompt.
         hidden, attention, tower: fields of `WarmUp` that the method needs.
         both: prompts with and without images, for a method's probe.
-        tail_rows: has the shape `[B, tail_rows]` of `Inputs.tail_rows`, so that this number is static.
+        tail_rows: an empty array of shape `[B, Inputs.tail_rows]`, whose shape makes that number static.
         tokens: tokens of the answers, padded on the right.
-        in_answer: which of them belong to the answer.
+        in_answer: which tokens belong to the answer and are not padding.
     """
 
     main: Prompt
@@ -75,7 +75,7 @@ def forced_inputs(
     host: Host = ALONE,
     length: int = 0,
 ) -> ForcedInputs:
-    """Does everything that precedes the decoder, for a batch of prompts and answers.
+    """Runs everything that precedes the decoder, for a batch of prompts and answers.
 
     Args:
         answers: N answers for each prompt, as tokens.

@@ -27,7 +27,7 @@ from lvlm_jax.models.family import FamilyConfig
 from lvlm_jax.models.vision import with_edited_outputs
 
 NOTHING = Tap()
-STREAM_FROM = 256  # prompt columns from which attention runs block by block; above this it is also faster on a CPU
+STREAM_FROM = 256  # number of prompt columns from which attention runs block by block; that is then faster on a CPU too
 
 
 def encode_images(
@@ -109,7 +109,7 @@ def full_forward(
 
 
 def probe(params: dict, config: FamilyConfig, prompt: Prompt, transform: Transform, image_count: int = 1) -> Any:
-    """The carry of a transform after the last layer of a prompt; it may edit all rows."""
+    """The carry of a transform after the last layer of a prompt; the transform may edit all rows."""
     context = prompt_context(prompt.image_id, None, prompt.image_id.shape[1], image_count, axes=prompt.axes)
     return apply(params, config, "decode", prompt.embeddings[None], context, None, (transform,)).carries[0]
 
@@ -211,11 +211,12 @@ def extended(
     split: int,
     image_count: int = 1,
 ) -> tuple[LayerCache, ...]:
-    """The first columns of a prompt in every layer, with `rows` more of them; see `chunks`.
+    """Runs `rows` more rows of a prompt, and adds their columns to the caches of every layer; see `chunks`.
 
     Args:
-        caches: `split` columns, those before `start` written; None at the beginning.
-        start: the first row to run. No method edits any of them.
+        caches: `split` columns, of which those before `start` are written; None at the beginning.
+        start: the first row to run. No method edits any of the rows that run.
+        split: number of columns of the caches.
     """
     image_id = prompt.image_id[:, :split]
     axes = None if prompt.axes is None else prompt.axes[:, :, :split]
@@ -355,7 +356,7 @@ def logits_with_exits(
 
 
 def _cache(columns: LayerCache, config: DecoderConfig, layer: int, context: Context, capacity: int) -> LayerCache:
-    """Turns fresh prompt columns into a decode cache: calibrated image keys, own blocks padded to the capacity."""
+    """Turns prompt columns into a decode cache: rotates image keys to the method's positions, pads to the capacity."""
     if context.image_shift is not None:
         # All later rows come after the images, so the ordinary image keys are not needed again.
         rope = config.layer_rope(layer)

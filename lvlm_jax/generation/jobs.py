@@ -46,7 +46,7 @@ class Request(NamedTuple):
 
 # Turns conversations, with one seed each, into one answer each.
 Answerer = Callable[[list[list[dict]], list[int]], list[Answer]]
-# Turns batches of requests, read as needed, into answers or errors by line number, some at a time.
+# Reads batches of requests as needed, and yields lists of (line number, answer or error).
 Stream = Callable[[Iterator[list[Request]]], Iterator[list[tuple[int, Answer | LVLMError]]]]
 
 

@@ -23,7 +23,7 @@ from lvlm_jax.models.family import FamilyConfig
 
 
 def tap(config: FamilyConfig) -> Tap:
-    """The tap that the prefill needs."""
+    """The tap that the prefill needs: the attention of the last layer."""
     return Tap(layers=(config.text.num_layers - 1,))
 
 
@@ -135,7 +135,12 @@ class Rollbacks:
         self.latest = 0
 
     def target(self, columns: Int[np.ndarray, "N T"], alive: list[Bool[np.ndarray, "N"]]) -> int | None:
-        """The last token to keep, or None for no rollback; `alive` marks, for each length, the beams that counted."""
+        """The index of the last token to keep, or None for no rollback.
+
+        Args:
+            columns: the result of `OPERA.noted` for every token.
+            alive: for each number of tokens so far, the beams that were not ruled out.
+        """
         place = self.method.recurring(columns, alive[-1])
         if place is None or place >= columns.shape[1] - 1:
             return None
@@ -181,12 +186,12 @@ def search(
     """Answers one sample.
 
     Args:
-        state: after the prompt, one row per beam, with the `tap` of this module; donated. Its last `answer_capacity`
-            columns are for the answer.
+        state: the state after the prompt, with one row per beam and the `tap` of this module; donated. Its last
+            `answer_capacity` columns are for the answer.
         logits: next-token logits.
 
     Returns:
-        The answer, and the rollbacks: pairs of a number of tokens before and after.
+        The answer, and for each rollback the number of tokens before and after it.
     """
     rollbacks, history = Rollbacks(method), []
     records, alive = [SearchStep.empty(method.beams, answer_capacity)], [np.arange(method.beams) == 0]

@@ -26,8 +26,7 @@ class Output:
     Attributes:
         text: the answers, without special tokens, cut before a stop string.
         tokens: generated token ids, including the stop token.
-        logprobs: log-probability of each token under the distribution it was chosen from, before temperature and
-            filters.
+        logprobs: log-probability of each token under the method's logits, before penalty, temperature and filters.
         finish_reason: "stop" after a stop token or string, otherwise "length".
     """
 

@@ -41,7 +41,12 @@ class Beginnings(NamedTuple):
 
 @dataclasses.dataclass
 class Recent:
-    """The beginning of the last prompt: its key, and its columns once a second prompt has had the same beginning."""
+    """A memory of the beginning of the last prompt.
+
+    Attributes:
+        key: the beginning's key, from `beginnings`.
+        latest: the beginning's cached columns, as soon as two successive prompts have had it; else None.
+    """
 
     key: bytes = b""
     latest: Beginnings | None = None
@@ -71,7 +76,7 @@ def split(inputs: Inputs, edited: int) -> int:
 
 
 def beginnings(inputs: Inputs, before: int) -> list[bytes]:
-    """A key for the beginning of each prompt, up to its last image, or up to the column `before` without an image."""
+    """A key for each prompt's beginning, which ends with the last image, or without images at column `before`."""
     keys, image = [], 0
     for tokens, ids, end in zip(inputs.tokens, inputs.image_id, _ends(inputs, before), strict=True):
         valid = ids >= 0
@@ -87,9 +92,10 @@ def beginnings(inputs: Inputs, before: int) -> list[bytes]:
 
 
 def alike(inputs: Inputs, before: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """An example row of each beginning, and the number of each sample's beginning; None if sharing does not pay.
+    """One sample for each different beginning, and for each sample the index of its beginning.
 
-    It pays if there are at least twice as many different prompts as beginnings, not counting copies that fill a batch.
+    None if sharing does not pay. It pays if there are at least twice as many different prompts as beginnings; copies that
+    fill a batch do not count.
     """
     keys = beginnings(inputs, before)
     different = {(key, row.tobytes()) for key, row in zip(keys, inputs.tokens, strict=True)}
@@ -107,7 +113,7 @@ def before(
 
     Args:
         edited: how many of the last rows a method edits.
-        at_a_time: rows that are run at once.
+        at_a_time: number of rows that run at once.
 
     Returns:
         None if nothing is shared.
@@ -157,7 +163,7 @@ def run(
 
 
 def behind(stored: Beginnings, inputs: Inputs, kinds: Int[np.ndarray, "B"], before: int) -> tuple[LayerCache, ...]:
-    """The first columns of prompts, from their stored beginnings."""
+    """The first `before` columns of prompts; `kinds` has the index of each prompt's beginning in `stored`."""
     columns = np.arange(before)[None] - _first(inputs)[:, None] + stored.first[kinds][:, None]
     places = np.clip(columns, 0, stored.caches[0].prefix.length - 1).astype(np.int32)  # anywhere for padding
     return _moved(stored.caches, kinds.astype(np.int32), places)

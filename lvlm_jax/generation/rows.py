@@ -1,8 +1,8 @@
 """Continuous batching for a server: rows share only the structure of the method.
 
 Strengths, sampling, stop tokens and the answer's limit are data of a row, so requests with different values share a
-batch and compile nothing. With a method, a decode step is `vmap`ped over rows. What all rows have in common
-(parameters, columns, the write index) has no such axis, so products with the weights are those of a batch.
+batch and compile nothing. With a method, a decode step is `vmap`ped over rows. Arrays that all rows
+share (parameters, the write index) have no vmap axis, so products with the weights are those of a batch.
 
 The columns are those of `continuous`, whose functions move them.
 """
@@ -87,7 +87,7 @@ def _empty(state: State, batch: int, limit: int, vocabulary: int, size: PromptSi
     """Rows without answers.
 
     Args:
-        state: of any prompt, prefilled without answer columns.
+        state: the state of any prompt that was prefilled without answer columns.
         batch: number of rows.
         limit: length of the longest answer.
         vocabulary: size of the logits.

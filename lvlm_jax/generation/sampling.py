@@ -21,8 +21,8 @@ class Sampling:
 
     Attributes:
         temperature: divides the logits.
-        top_k: only the k most likely tokens.
-        top_p: only the fewest tokens whose probability, after temperature and top-k, reaches p.
+        top_k: only the k most likely tokens may be drawn.
+        top_p: only the fewest tokens whose probability, after temperature and top-k, reaches p may be drawn.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen before (arXiv 1909.05858).
         rules: those of "sample", "top_k", "top_p", "repetition_penalty" that are on; without "sample" the most likely
             token is taken.
@@ -63,10 +63,10 @@ class Sampling:
         step: Int[Array, ""] | Int[Array, "B"],
         seen_tokens: Bool[Array, "B V"] | None,
     ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-        """Chooses one token per sample; also returns its log-probability under the unmodified logits.
+        """Chooses one token per sample; also returns the token's log-probability under the unmodified `logits`.
 
-        The log-probability is NaN exactly if a sample's logits define no distribution: one of them is NaN or positive
-        infinity, or none is finite. Negative infinity is allowed: it rules a token out.
+        If a sample's logits define no distribution, its log-probability is NaN. They define none if one of them is NaN
+        or positive infinity, or if none is finite. A logit of negative infinity is allowed: it rules its token out.
 
         Args:
             logits: `Step.combined`.
@@ -115,13 +115,13 @@ class RowSampling(Sampling):
 
     @classmethod
     def of_rows(cls, rows: Sequence[tuple[float, int, float, float]]) -> "RowSampling":
-        """Makes it from temperature, top-k, top-p and repetition penalty of each row. Host arrays."""
+        """Makes a `RowSampling` of temperature, top-k, top-p and repetition penalty of each row; host arrays."""
         temperature, top_k, top_p, penalty = zip(*rows, strict=True)
         floats = [np.asarray(numbers, np.float32) for numbers in (temperature, top_p, penalty)]
         return cls(floats[0], np.asarray(top_k, np.int32), *floats[1:], frozenset(_RULES))
 
     def pick(self, logits, keys, step, seen_tokens):
-        """As `Sampling.pick` of each row alone. Sorts and draws only if some row needs it."""
+        """Chooses as `Sampling.pick` does for each row alone. Filters and draws only if some row needs it."""
         penalty, scores = self.repetition_penalty[:, None], logits
         penalised = jnp.where(scores > 0, scores / penalty, scores * penalty)
         scores = jnp.where(seen_tokens & (penalty != 1), penalised, scores)

@@ -163,7 +163,7 @@ class Scheduler:
             host: the devices, and the tokenizer for the words of a contrast branch.
 
         Raises:
-            LVLMError: a beam search, a method whose rows cannot be replaced (`obstacle`), or an invalid batch size.
+            LVLMError: continuous batching is not possible (a search, or see `obstacle`), or the batch size is invalid.
         """
         if reason := searches.obstacle(method, decoding) or obstacle(method, host.mesh):
             raise LVLMError(f"continuous batching is not possible: {reason}; use generate")

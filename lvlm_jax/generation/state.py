@@ -51,8 +51,8 @@ class Track:
     """The columns written so far, and where the next token goes.
 
     Attributes:
-        image_id: per column, -1 if it is not written yet.
-        image_end: E per sample, 0 without an image.
+        image_id: per column, as in `Prompt`; -1 also for columns that are not written yet.
+        image_end: per sample, the first column after its last image; 0 without an image.
         position: ordinary position of the next token.
         index: column of the next token, the same for all samples.
         answer_start: column of the answer's first token.
@@ -140,8 +140,8 @@ class State:
     """Caches and counters after some tokens.
 
     Attributes:
-        caches: per layer. Image keys are rotated to the method's calibrated positions, if it has any.
-        tracks: one for all branches, or one each if the contrast branch's prompt has another layout.
+        caches: one per layer. Image keys are rotated to the positions that the method gives them, if it does.
+        tracks: one for all branches, or one for each branch if the contrast branch's prompt has another layout.
         method: the method, or None.
         memory: the method's memory from step to step.
         tap: what steps return besides logits.

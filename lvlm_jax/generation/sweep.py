@@ -62,7 +62,7 @@ def generate(
         One output per setting, equal to that of `answer.generate`.
 
     Raises:
-        LVLMError: the methods differ in more than strengths, or are a search.
+        LVLMError: the methods differ in more than strengths, or the method is a search.
     """
     for method in methods:
         if reason := searches.obstacle(method, decoding):
@@ -134,8 +134,8 @@ def prefill_inputs(
     edit of the tower has its own run of the tower and its own warm-up pass.
 
     Returns:
-        The inputs, with the `stack` as method; and the grid axes in the embeddings of the main and of the contrast
-        branch, None if they do not depend on a strength.
+        The inputs, whose method is the `stack` of all settings; and the grid axes in the embeddings of the main branch
+        and of the contrast branch, None if the embeddings do not depend on a strength.
     """
     edits = {edit_key(edit): edit for edit in map(branches.tower_edit, methods if prompt.pixels is not None else [])}
     if len(edits) > 1:
@@ -177,8 +177,11 @@ def _with_edited_towers(
 
 
 def _contrast_methods(methods: Sequence[Method], prompt: Inputs) -> Sequence[Method]:
-    """The methods whose contrast prompts differ: all if strengths change the images of the contrast branch, else the
-    first."""
+    """The methods for which a contrast prompt is made.
+
+    If strengths may change the contrast branch's images, these are all methods; else the first, because all contrast
+    prompts are equal.
+    """
     varies = contrast_kind(methods[0]) in OTHER_PICTURES and prompt.pixels is not None
     return methods if varies else methods[:1]
 
