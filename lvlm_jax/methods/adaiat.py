@@ -5,8 +5,8 @@ In the last row of layers 5 to 17, with T_g the columns of generated tokens, the
     if Σ_h mean_{T_g} w_h < threshold_l:   w_hj <- w_hj (1 + α (M_lh - 1)) for j in T_g; then each head sums to 1 again
 
 M_lh is a head's mean attention to T_g at real object tokens, divided by that at hallucinated ones. threshold_l is
-halfway between the two means of Σ_h. Both are fitted (`lvlm fit adaiat`). α is 6. The last row of the prompt stays
-plain.
+halfway between the means of the sum Σ_h at real and at hallucinated tokens. M and threshold are fitted
+(`lvlm fit adaiat`). α is 6. The last row of the prompt stays plain.
 
 Differs from the authors' code in: the factor, which is never below 0 here; the object tokens, which `lvlm fit` finds
 where the answers of a pair differ.

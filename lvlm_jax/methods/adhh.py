@@ -56,7 +56,7 @@ class ADHH(Method):
         """Which heads of a layer are listed, `Bool[Array, "H"]`.
 
         Raises:
-            LVLMError: no heads are listed, or some that the model does not have.
+            LVLMError: no heads are listed, or the model does not have a listed head.
         """
         if self.heads is None:
             return needed(self)["listed"][layer]

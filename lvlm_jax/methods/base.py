@@ -90,12 +90,12 @@ def strength(
     """A numeric field of a method: an array leaf, one finite number in `[low, high]`.
 
     Args:
-        default, doc, low, high: its default, its description, its bounds.
+        default, doc, low, high: the number's default, its description, its bounds.
         per: the finest form that is allowed, one of FORMS. "layer" and "head" also allow an array with a value per
             layer `[L]`; "head" also one per layer and query head `[L, H]`. A stage then sees the value of its layer;
             for heads it has the shape `[H, 1, 1]`.
-        flat: why it has no gradient and cannot be learned, such as "a threshold"; "" if it has one.
-        cuts: it rules tokens out, and becomes a `cuts.Soft` when answers are scored for training.
+        flat: why the number has no gradient and cannot be learned, such as "a threshold"; "" if it has a gradient.
+        cuts: whether the number rules tokens out. It then becomes a `cuts.Soft` when answers are scored for training.
         when: the name and the value of a switch; the number is used only if the switch has that value.
     """
     about = {"doc": doc, "low": low, "high": high, "per": per, "flat": flat, "cuts": cuts, "when": when}
@@ -186,13 +186,13 @@ class Method(Transform):
     ) -> Float[Array, "..."] | None:
         """The position of each image token as post-image rows see it; None for its ordinary position.
 
-        Rotary attention depends only on differences of positions, so a method that moves rows instead moves image
-        tokens by the opposite amount here. Elementwise; the result applies to all layers and branches.
+        Rotary attention depends only on differences of positions, so moving the rows equals moving the image tokens by
+        the opposite amount. The function is elementwise, and its result applies to all layers and branches.
 
         Args:
             position: ordinary positions of the image tokens, [B, S]; [A, B, S] if the model has A position axes.
-            images_before: the part of each position that comes from images: the number of image tokens strictly before
-                it; with several axes, the extents of earlier images plus the offset inside its own, [A, B, S].
+            images_before: the part of each position that comes from images. With one axis, it is the number of earlier
+                image tokens; with several, the extents of earlier images plus the offset inside the token's own image.
             image_tokens: how much the sample's images add to later positions, [B, 1].
         """
         return None
@@ -203,7 +203,7 @@ class Method(Transform):
         return "same"
 
     def contrast_pixels(self, pixels: Float[Array, "R ..."], image_index: Int[Array, " R"]) -> Float[Array, "R ..."]:
-        """The contrast branch's images, for "pixels".
+        """The contrast branch's images, if `contrast_prompt` is "pixels".
 
         Args:
             pixels: as the tower receives them: whole images or tiles [3, Y, X], or one row of patches per image [P, C].
@@ -212,16 +212,16 @@ class Method(Transform):
         return pixels
 
     def contrast_image(self, picture: Float[Array, "3 Y X"], index: Int[Array, ""]) -> Float[Array, "3 Y X"]:
-        """One image of the contrast branch, for "altered"; one tile if images are split into tiles.
+        """One image of the contrast branch (or one tile), if `contrast_prompt` is "altered".
 
         Args:
-            picture: its pixel values as the tower receives them, of any size.
+            picture: the main branch's image, as the pixel values that the tower receives, of any size.
             index: number of the image within its sample, from 0.
         """
         return picture
 
     def contrast_tokens(self, embeddings: Float[Array, "B T E"], image_id: Int[Array, "B T"]) -> Float[Array, "B T E"]:
-        """The contrast branch's decoder input, for "tokens"; called after the warm-up pass."""
+        """The contrast branch's decoder input, if `contrast_prompt` is "tokens"; called after the warm-up pass."""
         return embeddings
 
     def tower_edit(self) -> TowerEdit | None:
@@ -232,7 +232,7 @@ class Method(Transform):
         return None
 
     def tower_values(self, layer: int, values: Float[Array, "R P C"], valid: Bool[Array, "R P"]) -> jax.Array:
-        """The values of patches (all heads' channels) in the tower's attention, for the warm-up field "tower".
+        """Edited values of patches (all heads' channels) in the tower's attention, for the warm-up field "tower".
 
         Args:
             layer: layer of the tower.
@@ -244,7 +244,7 @@ class Method(Transform):
     def keep_tokens(
         self, image_id: Int[Array, "B T"], image_count: int, salience: Float[Array, "B T"]
     ) -> Bool[Array, "B T"]:
-        """Which columns the contrast branch keeps, for "fewer_tokens".
+        """Which columns the contrast branch keeps, if `contrast_prompt` is "fewer_tokens".
 
         Args:
             image_id: 0 for text, k >= 1 for the k-th image, -1 for padding.
@@ -254,15 +254,15 @@ class Method(Transform):
         return image_id >= 0
 
     def contrast_picture(self, height: int, width: int) -> Float[np.ndarray, "3 Y X"]:
-        """The contrast branch's image, for "picture", as pixel values of that size; here an empty image."""
+        """The contrast branch's image as pixel values, if `contrast_prompt` is "picture"; here an empty image."""
         return np.zeros((3, height, width), np.float32)
 
     def contrast_words(self) -> str | tuple[int, ...]:
-        """The contrast branch's replacement of the system prompt, for "text": a text, or token ids."""
+        """The text (or its token ids) that replaces the system prompt, if `contrast_prompt` is "text"."""
         return ()
 
     def keeps_instruction(self) -> bool:
-        """For towers that read an instruction: whether it follows `contrast_words` or is replaced by them; static."""
+        """Whether `contrast_words` precede the instruction that a tower reads, or replace it; static."""
         return True
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
@@ -270,8 +270,9 @@ class Method(Transform):
         return ()
 
     def further_exits(self, carry: Any) -> Float[Array, "X B E"] | None:
-        """Hidden states that the edits computed and whose logits `combine` needs too. They follow those of `exits` in
-        `Readout.exits`.
+        """Further hidden states, computed by the edits, whose logits `combine` needs.
+
+        In `Readout.exits`, these logits follow those of `exits`.
 
         Args:
             carry: the main branch's carry after the last layer.

@@ -53,7 +53,7 @@ class CausalMM(Method):
         return "tokens"
 
     def tower_values(self, layer, values, valid):
-        """Permuting the values equals permuting the weights the other way."""
+        """Permutes the values, which equals the inverse permutation of the weights."""
         order = shuffled(jnp.arange(values.shape[1]), layer, self.seed, valid)
         place = jnp.argsort(order, axis=-1)
         return jnp.take_along_axis(values, place[..., None], axis=1)

@@ -157,7 +157,7 @@ class Chained(Method):
         return [next(own) if edit else () for edit in edits]
 
     def _carry_of(self, owner: Method, carry: Any) -> Any:
-        """The part of one member."""
+        """The part of the main branch's carry that belongs to one member."""
         index = next(place for place, member in enumerate(self.members) if member is owner)
         return self._carries(carry)[index]
 

@@ -13,14 +13,14 @@ figures of the reconstruction. For the last query row, inside each image of N to
 
 A difference of two maps (each of sum 1) whose entries sum to at most 1e-4 counts as zero: it is rounding. An image
 whose A is zero has no anchors and is left alone, and so is an image that the row does not see. JSD is in nats, the mean
-of both halves. No layer before the last of those that make up n is a candidate for l*.
+of both halves. Candidates for l* begin with the last layer of n.
 
 Differs from the paper in: unknown, because the paper gives no formulas; no authors' code is known.
 
 Rows: the last of the prompt and every decoded one. Stages: observe (n, anchors), logits (the edit); the state flows
 from layer to layer of one pass and nothing is kept between steps. Cost per token: one more softmax of the row in the
-edited layers and one sort of the columns; nothing of size S x S. The other layers store one maximum each, and all
-statistics of the candidates are computed at once.
+edited layers and one sort of the columns; nothing of size S x S. The noise layers and the candidates store one maximum
+per column each, and all statistics of the candidates are computed at once.
 """
 
 import math

@@ -145,14 +145,14 @@ def image_block(site: Site) -> Bool[Array, "B 1 R S"]:
 
 
 def image_logits(site: Site) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """The sum of the block's logits over heads, rows and columns, and how many there are."""
+    """The sum of the logits in `image_block` over heads, rows and columns, and the number of these logits."""
     block = image_block(site)
     count = block.sum(axis=(1, 2, 3)).astype(jnp.float32) * site.logits.shape[1]
     return jnp.where(block, site.logits, 0).sum(axis=(1, 2, 3)), count
 
 
 def above_mean(site: Site, logits: tuple[Float[Array, "B"], Float[Array, "B"]]) -> Bool[Array, "B H R S"]:
-    """M: where the block's logits exceed their mean; `logits` are the `image_logits` of all rows."""
+    """M: where logits in `image_block` exceed their mean; `logits` is the result of `image_logits` for all rows."""
     total, count = logits
     theta = total / jnp.maximum(count, 1)
     return image_block(site) & (site.logits > theta[:, None, None, None])
@@ -192,7 +192,7 @@ class ScalarValueMask(Transform):
 
     def values(self, site, weights, mix):
         mask = above_mean(site, self.over_all_rows(site, weights))
-        # The sum comes first: ones are exact in every dtype, a share of one image token is not.
+        # The values are summed before the division: ones are exact in every dtype, and 1 / N is not.
         image = site.image[:, None, None, :].astype(jnp.float32)
         total = mix(jnp.broadcast_to(image, (*weights.shape[:2], 1, weights.shape[3])))
         mean = total.mean(axis=-1, keepdims=True) / jnp.maximum(image.sum(axis=-1, keepdims=True), 1)

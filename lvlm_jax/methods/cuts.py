@@ -45,7 +45,10 @@ def cut_logits(
     floor: Float[Array, "B 1"],
     cut: Any,
 ) -> Float[Array, "B V"]:
-    """`logits` where `stay` is true, -inf elsewhere. A `Soft` cut lowers logits by how far `main` is below `floor`."""
+    """`logits` where `stay` is true, -inf elsewhere.
+
+    Under a `Soft` cut, each logit is lowered instead; the further `main` is below `floor`, the more.
+    """
     if isinstance(cut, Soft):
         return logits + jax.nn.log_sigmoid((main - floor) / cut.softness)
     return jnp.where(stay, logits, -jnp.inf)

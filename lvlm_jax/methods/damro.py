@@ -8,8 +8,8 @@ background. Attention is computed in the layer whose output the connector reads,
 
 Then (1 + α) l - α l~ where l >= max l + ln β. α is 2, β 0.1, `tokens` 10.
 
-Differs from the authors' code in: the order of the kept tokens, which is the image's here and that of their attention
-there; several images, each of which keeps its own tokens here.
+Differs from the authors' code in: the kept tokens, which stay in the order of the image here and are ordered by
+attention there; several images, each of which keeps its own tokens here.
 
 Rows, layers, stages: none; the attention of both branches is plain. A sample without an image is left alone. Families
 whose towers have no class token, or whose connectors mix tiles of an image, are refused. Cost: the tower twice more, a

@@ -73,8 +73,11 @@ class EAH(Method):
 def received_attention(
     site: Site, weights: Float[Array, "B H R S"], own_image: bool
 ) -> tuple[Float[Array, "B H S"], Int[Array, "B S"]]:
-    """The attention that each column receives from later rows that see it (of its own image, or all), and the number of
-    these rows."""
+    """The sum of the weights that later rows put on each column, and the number of these rows.
+
+    Args:
+        own_image: whether only rows of the column's own image count. Rows that do not see the column never count.
+    """
     columns = jnp.arange(site.image_id.shape[1])
     givers = site.mask & (site.row_index[:, None] > columns[None, :])[None]
     if own_image:

@@ -1,4 +1,4 @@
-"""Arrays that a method needs fitted first (`lvlm fit`), and the file format that stores them.
+"""Arrays that `lvlm fit` computes before a method can be used, and the file format that stores them.
 
 A file is safetensors. Its metadata name the method, the hash of the checkpoint, the hash of the pairs, and the settings
 of the fit.

@@ -63,7 +63,7 @@ def read(path: str | os.PathLike) -> Learned:
     """Reads a learned method.
 
     Raises:
-        LVLMError: the file cannot be read, is not from such a training, or has an unregistered member.
+        LVLMError: the file cannot be read, is not a file of `write`, or has an unregistered member.
     """
     path = files.expand(path)
     arrays, metadata = load(path, "learned method")

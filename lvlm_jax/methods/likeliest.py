@@ -23,7 +23,8 @@ def likeliest(
 
     Args:
         weights: not negative, and equal for equal scores.
-        enough: infinity for no such limit.
+        enough: sum of weights that suffices; infinity for no such limit.
+        most: largest number of marked tokens.
     """
     scores, weights = jax.lax.stop_gradient((scores, weights))
     keys = _ordered(scores)
@@ -39,7 +40,7 @@ def likeliest(
         weight, count = before(higher - 1)
         return jnp.where((weight < enough) & (count < most), lowest, higher)
 
-    # The lowest chosen key: the smallest one whose tokens above do not yet suffice.
+    # The lowest chosen key is the smallest key such that the tokens above it do not yet suffice.
     lowest = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros_like(keys[..., :1]))
     weight, count = before(lowest)
     tied = keys == lowest

@@ -12,8 +12,8 @@ cancels that. At most one layer per call is edited. τ is 0.75; ρ is 0.12, for 
 Differs from the authors' code in: means, which are per sample here and pool the batch and its padding there.
 
 Rows: all. Stages: enter (u), mlp. A sample without an image is left alone.
-Cost: the head for one row in each judged layer up to the edited one; there, two products with the image tokens; the
-prompt's embeddings are kept.
+Cost: the head for one row in each judged layer up to the edited one; two products with the image tokens in the edited
+layer; memory for the image tokens.
 """
 
 import dataclasses
@@ -33,13 +33,13 @@ CANDIDATES = 10
 
 
 class Retrace(NamedTuple):
-    """State of one pass.
+    """The carry of one pass through the layers.
 
     Attributes:
         visual: the image tokens, zero in other columns.
-        valid: rows with a token.
-        now: samples whose uncertainty after the previous layer exceeds τ.
-        done: samples that were already edited, or have no image.
+        valid: rows that contain a token and no padding.
+        now: samples that this layer edits, because their uncertainty after the previous layer exceeds τ.
+        done: samples that need no further edit: a layer up to this one edits them, or they have no image.
     """
 
     visual: Float[Array, "B N E"]
@@ -63,7 +63,7 @@ class MemVR(Method):
     rows: ClassVar[str] = "last"
 
     def judged(self, layer: int, num_layers: int) -> bool:
-        """Whether a layer's input is the output of one that is judged; static."""
+        """Whether `layer` follows a layer whose output is judged; static."""
         return layer - 1 in layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
 
     def active(self, layer, num_layers, phase):

@@ -40,7 +40,7 @@ class NoLan(Method):
     def combine(self, readout: Readout, memory):
         seeing, blind = jax.nn.log_softmax(readout.main), jax.nn.log_softmax(readout.contrast)
         apart = ((jnp.exp(seeing) - jnp.exp(blind)) * (seeing - blind)).sum(axis=-1, keepdims=True)
-        # For larger g, tanh(1 / g) is 1 and its slope 0.
+        # For smaller g, tanh(1 / g) is 1 and its slope 0.
         weight = self.kappa * (jnp.tanh(1 / jnp.maximum(apart, 1e-3)) + 1)
         combined = (1 + weight) * readout.main - weight * readout.contrast
         return where_image(readout.carry, combined, readout.main), memory

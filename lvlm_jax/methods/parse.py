@@ -192,7 +192,7 @@ def _word_or_numbers(text: str) -> str | tuple[int, ...]:
 
 
 class _Member(typing.NamedTuple):
-    """One parsed method: its registered name, and the fields set by its preset and its settings."""
+    """One parsed method: its registered name, the name of its preset or None, and its settings by field."""
 
     name: str
     preset: str | None

@@ -139,11 +139,11 @@ def classes(
     """The class of every head, for rows of attention logits.
 
     Args:
-        logits: of all columns, before the mask.
+        logits: attention logits of all columns, before the mask.
         visible: which columns a row sees.
         after: columns of text after the last image; the visible ones are 𝒮.
         kappa: share of one token that makes a head a core head, κ.
-        others: the columns 𝒪, if they are not simply all columns that are not `after`.
+        others: the columns 𝒪; None for all columns that are not in `after`.
     """
     others = ~after if others is None else others
     visible = visible[:, None]

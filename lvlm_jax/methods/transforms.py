@@ -88,13 +88,13 @@ def _hue_turned(values: Picture, turns: Float[Array, ""]) -> Picture:
 
 
 def blur(key: Key[Array, ""], picture: Picture) -> Picture:
-    """Smooths, with reflected borders."""
+    """Smooths by a random deviation, with reflected borders."""
     low, high = DEVIATIONS
     return smoothed(picture, jax.random.uniform(key, (), minval=low, maxval=high))
 
 
 def smoothed(picture: Picture, deviation: Float[Array, ""]) -> Picture:
-    """A Gaussian over `BLUR` pixels along both sides."""
+    """Smooths with a Gaussian over `BLUR` pixels along both axes; `deviation` is in pixels."""
     offsets = jnp.arange(BLUR) - BLUR // 2
     kernel = jnp.exp(-0.5 * (offsets / deviation) ** 2)
     kernel = kernel / kernel.sum()

@@ -1,14 +1,15 @@
 """VTI: turns feed-forward outputs along directions that were fitted on captions and images. arXiv 2410.15778.
 
-With v_l a direction for each layer and n(x) = x / |x|, in every layer of the decoder and, with a λ of its own
-(`lambda_image`), of the vision tower, all rows and calls:
+With v_l a direction for each layer and n(x) = x / |x|, in every layer of the decoder and of the vision tower, where
+`lambda_image` replaces λ, in all rows and calls:
 
     x <- |x| n( n(x) + 0.1 λ n(v_l) )       x the feed-forward block's output, before it is added to the stream
 
-`lvlm fit vti` computes v from 50 to 70 pairs of a good and a hallucinated caption of one image. In the decoder d is the
-difference of h_l at their last tokens. In the tower, it is the mean of h_l over 50 copies of the image, each with 99 %
-of its patches masked, minus h_l of the image, averaged over patches. v_l = mean d + the unit first principal component
-of d, with the sign that makes the largest score positive. λ is 0.8 to 0.9 in the decoder, 0 to 0.9 in the tower.
+`lvlm fit vti` computes v from 50 to 70 pairs of a good and a hallucinated caption of one image. With h_l the output of
+layer l: in the decoder, d is the difference of h_l between the last tokens of the two captions. In the tower, d is the
+mean of h_l over 50 copies of the image, each with 99 % of its patches masked, minus h_l of the image, averaged over
+patches. v_l = mean d + the unit first principal component of d, with the sign that makes the largest score positive. λ
+is 0.8 to 0.9 in the decoder, 0 to 0.9 in the tower.
 
 `lambda_image` is 0 by default, which leaves the tower plain to the bit: files of older versions have no directions for
 the tower, and with another value they are refused. It cannot be learned by `lvlm train`, which runs the tower once,
