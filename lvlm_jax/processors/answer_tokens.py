@@ -2,7 +2,7 @@
 
 The prompt is tokenised as at inference, so that the model learns to continue exactly what it will receive. The answer
 is everything that the chat template writes between a prompt and the text after the answer, its stop token included.
-Some templates change blanks in a prompt once it is answered; training uses the blanks of the prompt.
+Some templates write other blanks in a prompt that has an answer; training uses the blanks of a prompt without one.
 """
 
 from collections.abc import Callable, Collection
@@ -34,7 +34,7 @@ def encode(
         messages: `{"role", "content"}`; content is a string or a list of text and image parts, without the images
             themselves.
         last_only: learn only the last answer instead of all messages of the assistant.
-        expanded: the processor's expansion of a text with images before it is tokenised.
+        expanded: function that expands the image markers of a text as the processor does before it tokenises.
 
     Raises:
         LVLMError: the chat template is broken or refuses the conversation, it changes a prompt (apart from blanks) once

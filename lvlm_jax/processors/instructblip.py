@@ -62,7 +62,7 @@ class InstructBlipProcessor:
         self.chat_template = getattr(tokenizer, "chat_template", None) or CHAT_TEMPLATE
 
     def apply_chat_template(self, messages: Sequence[Mapping], **options: Any) -> Any:
-        """Like that of a transformers tokenizer, with the template of InstructBLIP."""
+        """Renders messages as a transformers tokenizer does, with the template of InstructBLIP."""
         return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
 
     def __call__(

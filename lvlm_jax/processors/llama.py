@@ -14,8 +14,8 @@ class TextProcessor:
     """A tokenizer with the interface of a processor, for text without images.
 
     Attributes:
-        tokenizer: of transformers.
-        chat_template: the tokenizer's own.
+        tokenizer: the transformers tokenizer.
+        chat_template: the tokenizer's chat template.
         image_token: a string that no text contains.
     """
 

@@ -85,8 +85,8 @@ def load(folder: Path, config: QwenVlConfig) -> "QwenVlProcessor":
     """The processor of a checkpoint folder.
 
     Args:
-        folder: with `qwen.tiktoken`, and `chat_template.jinja` or a `chat_format` in `generation_config.json`.
-        config: its configuration.
+        folder: has `qwen.tiktoken`, and `chat_template.jinja` or a `chat_format` in `generation_config.json`.
+        config: the model's configuration.
 
     Raises:
         LVLMError: files are missing, malformed, or of another vocabulary than the configuration's.

@@ -1,6 +1,6 @@
-"""The program of the process that renders chat templates: reads one JSON object per line, and writes one.
+"""The program of the process that renders chat templates: reads a JSON object per line, and writes another in reply.
 
-Started by `rendering.py`, never imported. A template comes with a checkpoint, and even a short one may take hours or
+`rendering.py` starts it; nothing imports it. A template comes with a checkpoint, and even a short one may take hours or
 all memory (`{{ 9 ** 9 ** 9 }}`), also while it is compiled. Nothing of this package is imported here.
 """
 
@@ -12,7 +12,7 @@ SECONDS, MEGABYTES, LETTERS = (int(word) for word in sys.argv[1:4])
 
 
 def limit_memory() -> None:
-    """Limits this process to `megabytes` more memory than it uses now, if the system supports that."""
+    """Limits this process to `MEGABYTES` more memory than it uses now, if the system supports that."""
     try:
         import resource
 
@@ -31,7 +31,11 @@ def limit_time(seconds: int) -> None:
 
 
 def answer(request: dict) -> dict:
-    """The text of a conversation, or the template's exception: its kind, its message and, if broken, its line."""
+    """The reply to a request, as JSON values.
+
+    It is `{"text"}`, the rendered conversation; `{"limit"}`, the limit that is exceeded; or the template's exception,
+    `{"sort", "name", "message"}`, with the `line` of a syntax error.
+    """
     try:
         (text,), _ = render_jinja_template(conversations=[request["messages"]], **request["options"])
         return {"text": text} if len(text) <= LETTERS else {"limit": "letters"}

@@ -21,8 +21,8 @@ from lvlm_jax.errors import LVLMError
 
 SECONDS = 2  # CPU time of one rendering; published templates take milliseconds
 MEGABYTES = 256  # beyond the memory of the process when it starts
-LETTERS = 2_000_000  # written by a template: more than any model reads
-PATIENCE = 60  # seconds of wall time, for a process that does no work at all
+LETTERS = 2_000_000  # largest number of characters that a template may write; more than any model reads
+PATIENCE = 60  # seconds of wall time after which a process that does not reply is killed
 
 _PROGRAM = Path(__file__).with_name("render_worker.py")
 

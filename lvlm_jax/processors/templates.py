@@ -2,8 +2,8 @@
 
 A template reads a message's content as a string (`{{ message.content }}`), as a list of parts (`{% for part in
 message.content %}`), or as either, possibly differently for each role. The form is found by trial: every text is
-replaced by a unique word, and the forms are kept in which all these words reach the prompt, and none of them inside a
-printed Python list.
+replaced by a unique word, and the right forms are those in which all these words reach the prompt, and none of them
+inside a printed Python list.
 """
 
 import itertools
@@ -64,7 +64,7 @@ def render(processor: Any, messages: Sequence[Message], prompt: bool, continued:
 
 
 def check_system(processor: Any, system: str) -> None:
-    """Checks that the chat template writes a system prompt into the prompt; "" is never written.
+    """Checks that the chat template writes a system prompt into the prompt; "" passes without a check.
 
     Raises:
         LVLMError: the template refuses or ignores a system message.

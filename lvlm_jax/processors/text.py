@@ -13,8 +13,10 @@ def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def first_stop(text: str, strings: Sequence[str]) -> int | None:
-    """Where the stop string that is complete first begins; the result does not depend on how often the text is
-    checked."""
+    """The place where the first complete stop string begins; None without one.
+
+    "First" is the string that ends first, so the result does not depend on how often a growing text is checked.
+    """
     ends_and_starts = [(place + len(string), place) for string in strings if (place := text.find(string)) >= 0]
     return min(ends_and_starts)[1] if ends_and_starts else None
 
@@ -25,7 +27,7 @@ def decode_raw(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """The special tokens, which `decode` leaves out, by their text in stop strings."""
+    """Text -> id of the special tokens, which `decode` leaves out."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {str(token): number for number, token in added.items() if token.special}
 

@@ -79,7 +79,7 @@ def _check_records(path: Path, state_dict: dict) -> None:
         with zipfile.ZipFile(path) as archive:
             records = [record for record in archive.infolist() if "/data/" in record.filename]
             for record in records:
-                archive.open(record).close()  # reads the record's own header, which a map does not
+                archive.open(record).close()  # checks the header before the record, which a map does not
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError) as error:
         raise LVLMError(f"cannot read {path}: {error}; copy the file again") from error
     if any(record.external_attr & _IS_FOLDER for record in records):

@@ -94,7 +94,9 @@ def read_optional(folder: Path, name: str) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with a folder's weights: the single file, else those of an index, else every match.
+    """The weight files of a folder, in the first format of which it has files: safetensors, `.bin` or GGUF.
+
+    In this format, they are the single file, else the files that an index names, else all files whose names match.
 
     Raises:
         LVLMError: there is no such folder, no weights in it, a malformed index, or a missing shard.

@@ -45,7 +45,7 @@ class GgufFile:
         dtypes: tensor name -> NumPy dtype, float32.
 
     Raises:
-        LVLMError: the package `gguf` is not installed, or the file is missing, damaged, or not of a LLaMA.
+        LVLMError: the package `gguf` is not installed, or the file is missing or damaged, or its model is not a LLaMA.
     """
 
     def __init__(self, path: str | os.PathLike):

@@ -90,7 +90,7 @@ def to_hf_config(folder: Path, config: dict) -> dict:
         config: its `config.json`.
 
     Raises:
-        LVLMError: a value that is unsupported in this layout, or there is no image token.
+        LVLMError: a value is not supported, or there is no image token.
     """
     decoder = config.get("llm_config") or {}
     kind = (decoder.get("architectures") or [None])[0]

@@ -28,7 +28,7 @@ def _unread(config: FamilyConfig) -> tuple[str, ...]:
 
 _LINEAR = ("linear_1", "linear_2")
 
-# A CLIP checkpoint by itself: the tower of an original checkpoint without one.
+# A separate CLIP checkpoint: the tower of an original checkpoint that contains no tower.
 CLIP_TABLE = Table(
     rows=tuple(clip_rows()),
     schemes={"clip": {"vision": "vision_model."}, "clip_5": {"vision": ""}},  # transformers 5 drops the prefix

@@ -33,7 +33,7 @@ _REWRITTEN = {internvl_chat.MODEL_TYPE: internvl_chat.to_hf_config}
 
 
 def read_config(folder: str | os.PathLike, vision_tower: str | os.PathLike | None = None) -> dict:
-    """The Hugging Face configuration of a checkpoint folder; an authors' own layout is rewritten.
+    """The Hugging Face configuration of a checkpoint folder; rewrites the layouts of models' authors.
 
     Args:
         folder: the checkpoint folder.

@@ -76,7 +76,7 @@ def attach_adapters(
 
 
 def detach_adapters(params: Mapping, targets: str, dropout: float) -> tuple[dict, dict]:
-    """The adapters that a tree holds, to be trained further.
+    """Divides a tree that already has adapters, so that they can be trained further.
 
     Args:
         params: nested dict of parameters with adapters, as `peft.load_adapter` returns it.
@@ -174,7 +174,7 @@ def _check_dropout(dropout: float) -> None:
 
 
 def _target_kernels(flat: Mapping, targets: str) -> dict[str, tuple[jax.Array, tuple[int, int]]]:
-    """The matrices of the targeted modules: path -> `projections`."""
+    """Path of a targeted module -> its matrix and the numbers of inputs and outputs (`models.layers.projections`)."""
     modules = dict.fromkeys(path.rpartition("/")[0] for path in flat)
     kernels = projections(flat)
     modules_found = match_paths(targets, modules, "the pattern of LoRA targets")

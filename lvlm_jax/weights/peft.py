@@ -277,7 +277,7 @@ def _select_targets(modules: Mapping[str, Adapted], settings: Mapping, file: Ten
     if settings["target_modules"] is None:
         return {name: module for name, module in modules.items() if _has_tensors(name, file)}
     targeted = {name: module for name, module in modules.items() if is_targeted(name, settings)}
-    # LLaVA makes its adapters before it loads the tower, and names them by endings that the tower also has.
+    # LLaVA makes its adapters before it loads the tower, but its settings name endings that the tower has too.
     decoder = {name: one for name, one in targeted.items() if one.paths[0].startswith("language_model/")}
     outside = targeted.keys() - decoder.keys()
     original = any(name.startswith(f"{_PREFIX}model.layers.") for name in file.shapes)

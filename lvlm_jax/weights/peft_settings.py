@@ -130,7 +130,7 @@ def is_targeted(module: str, settings: Mapping[str, Any]) -> bool:
 
 
 def _names(module: str, pattern: str | list[str]) -> bool:
-    """A string is a regular expression for the whole name; a list contains names or their endings."""
+    """Whether `pattern` names a module: a regular expression for its whole name, or a list of names or endings."""
     if isinstance(pattern, str):
         return _matches(regex.fullmatch, pattern, module)
     return any(module == name or module.endswith(f".{name}") for name in pattern)

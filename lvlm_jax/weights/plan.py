@@ -29,7 +29,7 @@ class Source:
     Attributes:
         axes: the permutation that gives our array.
         appended: number of vocabulary rows to append to the stored ones.
-        piece: the part of a fused tensor; (piece, configuration).
+        piece: the part of a fused tensor, with the configuration that determines its place; None for a whole tensor.
     """
 
     file: TensorFile
@@ -181,7 +181,7 @@ def scheme_in_use(table: Table, paths: Mapping[str, Any], files: Sequence[Tensor
 def _match(
     table: Table, config: FamilyConfig, paths, files, sources: dict[str, Source], faults: Faults, passed_over=None
 ) -> None:
-    """Adds the source of every parameter that is in `files`, whatever the naming scheme."""
+    """Adds the source of every parameter in `files`, under any naming scheme, except paths under `passed_over`."""
     by_name: dict[str, list[tuple[str, Row]]] = {}
     for scheme in table.schemes:
         for name, parameter_paths in table.names(paths, scheme).items():

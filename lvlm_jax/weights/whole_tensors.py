@@ -1,7 +1,7 @@
 """Whole tensors in an adapter's folder, which replace the base model's.
 
-LLaVA's own LoRA training, and training code modelled on it, store parameters that they trained besides the adapters,
-above all the projector, in files of the names `TRAINED`. PEFT stores embedding and output layer whole if an adapter
+LLaVA's own LoRA training, and code modelled on it, also train other parameters than the adapters, above all the
+projector, and store them in the files `TRAINED`. PEFT stores embedding and output layer whole if an adapter
 changes one of them.
 """
 
@@ -46,7 +46,7 @@ def _shapes(flat: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 def stored_vocabulary(flat: Mapping, file: TensorFile, config: FamilyConfig) -> dict[str, str]:
-    """Embedding and output layer in an adapter's file: a checkpoint's name -> the file's name."""
+    """The embedding and output layer in an adapter's file: their names in a checkpoint -> their names in the file."""
     table, expected = table_for(config), _shapes(flat)
     paths = [path for path in table.vocabulary if path in expected]
     names = {table.name(path, scheme) for scheme in table.schemes for path in paths}
