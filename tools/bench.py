@@ -126,7 +126,7 @@ class Needs(NamedTuple):
     """What one way of decoding needs.
 
     Attributes:
-        peak_bytes: the larger peak of its two programs, prefill and decode loop.
+        peak_bytes: the larger peak of the two programs, prefill and decode loop.
         moved: bytes that a prefill or a step (one token of each conversation) must read: weights and caches, once.
         prefill_flops, step_flops: FLOPs of the matrix products.
     """

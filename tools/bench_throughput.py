@@ -141,11 +141,12 @@ def in_batches(conversations: list[list[dict]], batch: int):
 
 
 def curve(ways: dict, conversations: list[list[dict]], batches: list[int], runs: int) -> dict:
-    """Figures by batch size and way.
+    """Batch size -> figures of every way to answer the conversations.
 
     Args:
         ways: name -> function of conversations and a batch size that returns the tokens of every answer. The answers
-            of the others are compared with those of the first.
+            of the other ways are compared with those of the first way.
+        runs: number of timed runs.
     """
     reference, by_batch = None, {}
     for batch in batches:

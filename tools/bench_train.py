@@ -171,7 +171,7 @@ class Ours:
 
 
 class Peft:
-    """The same step in torch, from what `prepare` has written, ready to be timed."""
+    """The same step in torch, from the files that `prepare` wrote, ready to be timed."""
 
     def __init__(self, arguments: argparse.Namespace, folder: pathlib.Path):
         import peft

@@ -91,7 +91,7 @@ def chosen_methods(name: str, arguments: argparse.Namespace) -> dict[str, method
 
 
 def main(words: list[str]) -> int:
-    """Answers, analyses, and writes the page."""
+    """Lets the model answer, analyses its attention, and writes the page."""
     arguments = command_line(words)
     images = [open_image(path) for path in arguments.image]
     messages = conversation(images, arguments.prompt)

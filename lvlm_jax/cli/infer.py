@@ -38,7 +38,7 @@ methods (none, or one of these); their settings, with defaults, are flags once -
 
 
 def command_line(words: list[str]):
-    """Parses the command line; defaults come from the config, and without questions it describes the demo.
+    """Parses the command line. Defaults come from the config; without images and questions, the result is the demo.
 
     `method` is the method itself, or None.
     """

@@ -39,7 +39,7 @@ def chosen(method_names: list[str], published: bool = False) -> dict[str, Method
     """Name -> method, or a mapping from parts to methods, from configs/pocket_benchmark.py.
 
     Args:
-        method_names: names, "all", or methods in words such as "vti:fitted=vti.safetensors".
+        method_names: names, "all", or methods with settings such as "vti:fitted=vti.safetensors".
         published: use the papers' own layer numbers.
 
     Raises:

@@ -67,7 +67,7 @@ def build_parser(limits: Any) -> common.Parser:
 
 
 def aliases(texts: list[str]) -> dict[str, str]:
-    """The operator's aliases: name -> method in words.
+    """The operator's aliases: name -> text of the method.
 
     Raises:
         LVLMError: an alias is not NAME=METHOD.

@@ -194,7 +194,7 @@ def take_rows(state: State, rows: Int[Array, "R"]) -> State:
 
 
 def _reorder(state: State, parents: Int[Array, "B N"]) -> State:
-    """The state with the rows that the new beams continue; its prefix stays, which depends on the prompt alone."""
+    """The state with the rows that the new beams continue. The prefix depends on the prompt alone and stays."""
     batch, beams = parents.shape
     rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
     reordered = take_rows(state, rows)

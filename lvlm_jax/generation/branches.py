@@ -218,7 +218,7 @@ def full_forward(
 def logits(
     params: dict, config: FamilyConfig, prompt: Inputs, method: Method | None = None, mesh: Mesh | None = None
 ) -> Float[Array, "B U V"]:
-    """Logits of the main branch of `method`, in the columns of the arrays that a prompt was made from."""
+    """Logits of the main branch of `method`, one row for each column of the arrays that became the prompt."""
     laid_out, _ = full_forward(params, config, prompt, method, NOTHING, mesh)
     return jnp.take_along_axis(laid_out, prompt.source_columns[..., None], axis=1)
 

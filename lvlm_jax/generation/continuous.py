@@ -85,7 +85,7 @@ class PromptSize:
 
     @classmethod
     def of(cls, state: State, prompt: tuple[int, ...] | None = None) -> "PromptSize":
-        """The size of slots (whose `prompt` is passed), or of prompts that were prefilled without answer columns."""
+        """The size of prompts: those of slots, whose `prompt` is passed, or of a prefill without answer columns."""
         prompt = prompt or tuple(track.image_id.shape[1] for track in state.tracks)
         return cls(prompt, prompt[0] - _shared_columns(state.caches[0]), state.tracks[0].image_count)
 

@@ -56,7 +56,7 @@ _UNSUPPORTED = {
 
 
 def check_choice(choice: Any) -> str:
-    """Returns the choice.
+    """Returns `choice` if it is valid.
 
     Raises:
         LVLMError: it is not one of `CHOICES`.
@@ -83,7 +83,9 @@ def with_defaults(decoding: Decoding, choice: Any, folder: Path | None) -> Decod
 
 
 def of_checkpoint(file: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The fields of `Decoding` in a `generation_config.json`; temperature, top-k and top-p only if it samples.
+    """The fields of `Decoding` in a `generation_config.json`.
+
+    Temperature, top-k and top-p are among them only if the file turns sampling on.
 
     Raises:
         LVLMError: it has a setting that would change the answer and is not supported.

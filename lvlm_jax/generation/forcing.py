@@ -158,7 +158,7 @@ def logits(
 def logprobs(
     params: dict, config: FamilyConfig, inputs: ForcedInputs, method: Method | None, image_count: int
 ) -> Float[Array, "B N A"]:
-    """Log-probability in nats of every token of every answer; 0 after its end."""
+    """Log-probability in nats of every token of every answer; 0 after an answer's end."""
     logprob = jax.nn.log_softmax(logits(params, config, inputs, method, image_count).combined, axis=-1)
     chosen = jnp.take_along_axis(logprob, inputs.tokens[..., None], axis=-1)[..., 0]
     return jnp.where(inputs.in_answer, chosen, 0)

@@ -138,7 +138,7 @@ def prefill(
         tail_rows: how many of the last rows contain all post-image rows (`Inputs.tail_rows`).
         capacity: columns of the caches, prompt included.
         contrast: the contrast branch's input, if it is not `prompt`.
-        contrast_capacity: columns of its caches, if its layout differs.
+        contrast_capacity: columns of the contrast branch's caches, if its layout differs.
         image_count: the largest number of images in a sample.
         share_prefix: False runs the whole prompt for every branch.
         tap: what this step and later ones return besides logits.
@@ -322,7 +322,7 @@ def _with_exit_logits(params: dict, config: FamilyConfig, tapped: Tapped) -> Tap
 def _finish(
     params: dict, config: FamilyConfig, state: State, last: Float[Array, "N B E"], decoded: DecoderOutput
 ) -> tuple[State, Step]:
-    """Applies the head to the last row, the early exits, and the method's combination of branches."""
+    """Computes the logits of the last row and of the early exits, and lets the method combine the branches."""
     tapped, exits, further, num_exits = decoded.tapped, None, None, len(state.tap.exits)
     if state.method is not None:
         further = state.method.further_exits(decoded.carries[0])

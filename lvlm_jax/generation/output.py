@@ -68,10 +68,10 @@ def read_output(answers: Answers | Finished, strings: tuple[str, ...], tokenizer
 def _before_stop(
     tokenizer: Any, tokens: list[int], strings: Sequence[str], special: Collection[str]
 ) -> tuple[int, int] | None:
-    """Number of tokens, and of characters of their text, before a stop string; None if there is none.
+    """The number of tokens before a stop string, and the number of characters of their text; None without one.
 
     Args:
-        strings: stop strings without those that are special tokens, which are stop tokens (`Host.stops`).
+        strings: stop strings, except special tokens: these are stop tokens (`Host.stops`).
         special: tokens that the text leaves out; strings that contain one are searched for in the raw text.
     """
     with_special = [one for one in strings if any(token in one for token in special)]

@@ -76,7 +76,7 @@ def split(inputs: Inputs, edited: int) -> int:
 
 
 def beginnings(inputs: Inputs, before: int) -> list[bytes]:
-    """A key for each prompt's beginning, which ends with the last image, or without images at column `before`."""
+    """A key for each prompt's beginning, which ends with its last image, or else at the column `before`."""
     keys, image = [], 0
     for tokens, ids, end in zip(inputs.tokens, inputs.image_id, _ends(inputs, before), strict=True):
         valid = ids >= 0
@@ -94,8 +94,8 @@ def beginnings(inputs: Inputs, before: int) -> list[bytes]:
 def alike(inputs: Inputs, before: int) -> tuple[np.ndarray, np.ndarray] | None:
     """One sample for each different beginning, and for each sample the index of its beginning.
 
-    None if sharing does not pay. It pays if there are at least twice as many different prompts as beginnings; copies that
-    fill a batch do not count.
+    None if sharing does not pay. It pays if there are at least twice as many different prompts as beginnings; copies
+    that fill a batch do not count.
     """
     keys = beginnings(inputs, before)
     different = {(key, row.tobytes()) for key, row in zip(keys, inputs.tokens, strict=True)}
@@ -116,7 +116,7 @@ def before(
         at_a_time: number of rows that run at once.
 
     Returns:
-        None if nothing is shared.
+        An iterator as `chunks.Prefill` takes it; None if nothing is shared.
     """
     end = split(inputs, edited)
     if end <= 0:

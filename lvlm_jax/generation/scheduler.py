@@ -64,7 +64,7 @@ def _remembers_by_row(method: Method) -> bool:
 def use_continuous(
     schedule: str, method: Method | None, mesh: jax.sharding.Mesh | None, max_new_tokens: int, batch_size: int
 ) -> bool:
-    """Whether to use continuous batching: if it is possible and, for "auto", if it pays.
+    """Whether to use continuous batching; for "auto", this is so if continuous batching is possible and pays.
 
     Raises:
         LVLMError: an unknown schedule, "continuous" if that is not possible, or invalid numbers.

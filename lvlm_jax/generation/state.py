@@ -140,7 +140,7 @@ class State:
     """Caches and counters after some tokens.
 
     Attributes:
-        caches: one per layer. Image keys are rotated to the positions that the method gives them, if it does.
+        caches: one per layer. If the method moves image tokens, image keys are rotated to the new positions.
         tracks: one for all branches, or one for each branch if the contrast branch's prompt has another layout.
         method: the method, or None.
         memory: the method's memory from step to step.

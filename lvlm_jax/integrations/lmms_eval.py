@@ -239,7 +239,7 @@ class LVLMJax(lmms):
         return decoding(known, LONGEST_ANSWER, stop)
 
     def _answers(self, questions: Sequence[LazyQuestion]) -> Iterator[tuple[int, str]]:
-        """(index in `questions`, answer) of all questions, batch by batch."""
+        """Yields (index in `questions`, answer) for all questions, batch by batch."""
         alike: dict[Decoding, list[int]] = {}
         for number, one in enumerate(questions):
             alike.setdefault(one.decoding, []).append(number)

@@ -227,7 +227,8 @@ class Method(Transform):
     def tower_edit(self) -> TowerEdit | None:
         """The edit of the tower that encodes the main branch's images; None for the plain tower, as at a strength of 0.
 
-        It is called before anything is compiled. Other images of a contrast branch, and training, have the plain tower.
+        It is called before anything is compiled. The plain tower encodes a contrast branch's other images, and the images
+        in training.
         """
         return None
 

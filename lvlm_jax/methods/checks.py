@@ -88,7 +88,7 @@ def _layered(name: str, field: dataclasses.Field, value: Any) -> Layered:
     return Layered(values if result else jnp.asarray(host, jnp.float32))
 
 
-# Finest form that is allowed -> the numbers of axes that a strength may have besides 0, and the words for these forms.
+# Finest form that is allowed -> numbers of axes that a strength may have besides 0, and words for these forms.
 DIMENSIONS = {"model": (), "layer": (1,), "head": (1, 2)}
 FORMS = {"model": "", "layer": ", or one for each layer", "head": ", or one for each layer, or layer and head"}
 

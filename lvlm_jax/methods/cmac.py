@@ -208,8 +208,10 @@ class AttentionMask(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class ValueNoise(Transform):
-    """Ablation: the values of masked positions become Gaussian noise with the mean and deviation, over image
-    tokens and channels, of each head's image values."""
+    """Ablation: the values of masked positions become Gaussian noise.
+
+    In each head, the noise has the mean and the deviation of the values of image tokens, over tokens and channels.
+    """
 
     seed: Strength
 

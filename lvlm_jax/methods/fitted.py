@@ -73,7 +73,7 @@ def read(path: str | os.PathLike) -> Fitted:
 
 
 def write(path: str | os.PathLike, fitted: Fitted) -> None:
-    """Writes a file atomically.
+    """Writes fitted arrays to a file, atomically.
 
     Raises:
         LVLMError: the folder cannot be written to.

@@ -31,7 +31,7 @@ class Learned(Chained):
     """A chain of methods with learned strengths.
 
     Attributes:
-        source: the model and the pairs it was learned on.
+        source: the model and the pairs on which the strengths were learned.
     """
 
     source: Source | None = dataclasses.field(default=None, metadata={"static": True})
@@ -48,7 +48,7 @@ def path_of(words: str) -> Path | None:
 
 
 def write(path: str | os.PathLike, method: Learned) -> None:
-    """Writes a file atomically.
+    """Writes a learned method to a file, atomically.
 
     Raises:
         LVLMError: the folder cannot be written to.

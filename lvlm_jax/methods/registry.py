@@ -97,7 +97,7 @@ HOOKS = {name for name in dir(Method) if name[0] != "_"} - {"layers", "rows"}
 
 
 def _same(old: type, new: type) -> bool:
-    """Whether two classes come from the same definition, executed again."""
+    """Whether `new` comes from the same definition as `old`, which was executed again."""
     if old.__qualname__ != new.__qualname__:
         return False
     return old is new or old.__module__ == new.__module__ or (old._source is not None and old._source == _source(new))

@@ -129,7 +129,10 @@ def _detailed(scene: Scene, by_category: dict[str, str], absent: str | None, rng
 
 
 def five_captions(scene: Scene, rng: np.random.Generator, noise: float = 0.0) -> list[tuple[str, bool]]:
-    """The five captions of an image, one per style, and whether each is wrong, which has the probability `noise`."""
+    """The five captions of an image, one per style, each with a flag that is true if the caption is wrong.
+
+    `noise` is the probability of a wrong caption.
+    """
     result = []
     for style in STYLES:
         noisy = bool(rng.random() < noise)

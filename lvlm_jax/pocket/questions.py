@@ -54,7 +54,10 @@ def article(category: str) -> str:
 
 
 def absent_category(scene: Scene, rng: np.random.Generator, hard: float | None = HARD_NEGATIVES) -> str:
-    """A category not in `scene`: a typical one of the place with probability `hard`, or never if `hard` is None."""
+    """A category that is not in `scene`.
+
+    With probability `hard` it is typical of the place, else any; if `hard` is None, it is never typical.
+    """
     if hard is not None and rng.random() < hard:
         return typical_absentee(scene, rng)
     ruled_out = set(scene.counts)

@@ -154,7 +154,7 @@ def connector_metrics(
 def place_loss(
     module: nn.Module, params: dict, image_tokens: jax.Array, labels: jax.Array, columns: np.ndarray
 ) -> Mean:
-    """Loss of image tokens of object patches against the words for "left", "middle" and "right", by column."""
+    """Loss of the image tokens of patches with an object: each should resemble the word for its column (`columns`)."""
     thirds, targets = np.unique(columns, return_inverse=True)
     logits = word_logits(module, params, image_tokens, thirds)
     side = len(columns)

@@ -47,14 +47,14 @@ def label_words(encoder: Any) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """Scenes for patch classification."""
+    """Batches of images with the labels of their patches."""
 
     seed: int
     batch: int
     split: str = "train"
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """`images` uint8 [batch, 96, 96, 3], `labels` int32 [batch, 64]."""
+        """The batch of a step: `images` uint8 [batch, 96, 96, 3], and `labels` int32 [batch, 64] of their patches."""
         rng = np.random.default_rng([2, self.seed, step])
         scenes = [sample_scene(rng, self.split) for _ in range(self.batch)]
         return {"images": np.stack([render(s) for s in scenes]), "labels": np.stack([place_labels(s) for s in scenes])}
@@ -88,7 +88,7 @@ class Conversations:
     split: str = "train"
 
     def __call__(self, step: int) -> dict[str, dict[str, np.ndarray]]:
-        """`single` and `several`, each from `rows_of`."""
+        """The batch of a step: the parts `single` and `several`, each from `rows_of`."""
         parts = {"single": self.single, "several": self.several}
         chosen: dict[str, list] = {name: [] for name in parts}
         free = {name: part.images for name, part in parts.items()}

@@ -136,7 +136,7 @@ def pope(examiner: Examiner) -> dict:
 
 
 def descriptions(examiner: Examiner, images: int, seed: int) -> dict:
-    """CHAIR, coverage, repetition and endings of detailed descriptions."""
+    """CHAIR of detailed descriptions; how often they name present objects, end by themselves and repeat themselves."""
     scenes = [scene_at("test", index, seed) for index in range(images)]
     names = [splits.file_name("test", index) for index in range(images)]
     answers = examiner.ask([{"image": name, "text": DETAILED} for name in names], "descriptions", "", 160)
@@ -157,7 +157,7 @@ def descriptions(examiner: Examiner, images: int, seed: int) -> dict:
 
 
 def questions(examiner: Examiner) -> dict:
-    """Forced choice, counting, position, colour, place; and questions about several images by number of images."""
+    """Accuracy by kind of question, and on questions about several images also by number of images."""
     figures = {}
     for kind in ("choice", "counting", "position", "color", "place"):
         rows = _lines(examiner.folder / "questions" / f"{kind}.jsonl")
@@ -178,7 +178,7 @@ def questions(examiner: Examiner) -> dict:
 
 
 def spoken(examiner: Examiner) -> dict:
-    """The share of correct answers to questions without an image, which a language model can know."""
+    """The share of correct answers to questions without an image; a language model can know the answers."""
     replies = examiner.ask([{"images": [], "text": text} for text in SPOKEN], "without an image", "", 40)
     right = [word in text.lower() for word, (text, _) in zip(SPOKEN.values(), replies, strict=True)]
     return {"questions without an image: answered": rate(grouped(list(SPOKEN), right))}
@@ -207,7 +207,7 @@ def examine(model: LVLM, images: int, batch: int, seed: int = 0, parts: Sequence
 
 
 def markdown(figures: dict, about: dict) -> str:
-    """The figures as a table."""
+    """The figures as a Markdown table, below a line with `about`."""
     head = ", ".join(f"{key} {value}" for key, value in about.items())
     lines = [head, "", "| figure | value | 95 % interval | n |", "|---|---|---|---|"]
     for name, figure in figures.items():

@@ -56,7 +56,7 @@ def encode(encoder: Any, images: int, turns: Sequence[Turn], length: int) -> tup
 
 
 def single_turns(scene: Scene, rng: np.random.Generator, hard: float | None) -> list[Turn]:
-    """Different questions about one image, with a description: first in 1 of 4 rows, later in 2 of 4, else none."""
+    """Different questions about one image; 1 row of 4 begins with a description, and 2 of 4 have one later."""
     turns, used = [], set()
     for _ in range(TURNS):
         kind = KINDS[min(int(SHARES.searchsorted(rng.random())), len(KINDS) - 1)]

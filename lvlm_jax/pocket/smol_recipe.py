@@ -84,7 +84,7 @@ def evaluation(metrics: Callable[[dict, dict], dict], batches: Mapping[str, dict
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The parts that the stages share: configuration, tokenizer, and the original parameters (`still`)."""
+    """The parts that the stages share: configuration, tokenizer, and the parameters before training (`still`)."""
 
     config: ConfigDict
     encoder: Any

@@ -43,7 +43,7 @@ def write_split(folder: str | Path, split: str, images: int, seed: int | tuple[i
         How many images, objects and captions were written, and how many questions per file.
 
     Raises:
-        LVLMError: the split is unknown, the images are none or too few for POPE, or the folder cannot be used.
+        LVLMError: the split is unknown, there are no images or too few for POPE, or the folder cannot be used.
     """
     known_split(split)
     if images < 1:

@@ -1,4 +1,4 @@
-"""Flow alignment on the pocket model: SEVI's effect in the weights, and what that changes on the pocket benchmark.
+"""Flow alignment on the pocket model: trains SEVI's effect into the weights, and runs the pocket benchmark.
 
 Folders below `Setup.out`:
 
@@ -102,7 +102,7 @@ def answer_files(folder: Path, protocol: Any) -> list[str]:
 
 
 def closeness(setup: Setup, load: Callable) -> dict[str, Mapping]:
-    """How close the student and the base are to the teacher, on held-out answers of each kind."""
+    """Kind of held-out answers -> how close the student and the base are to the teacher."""
     path = setup.out / "benchmark" / "closeness" / "distances.json"
     prompts, trained = prompts_of(setup, PROMPTS[1]), student(setup)
     config = setup.config.flow_alignment
@@ -135,8 +135,8 @@ def run(setup: Setup, load: Callable) -> tuple[dict[str, Findings], dict[str, Ma
     Returns:
         The findings on each part of the benchmark, and how close the student is to the teacher.
 
-        Raises:
-            LVLMError: a model or folder cannot be used, or the folder belongs to another run.
+    Raises:
+        LVLMError: a model or folder cannot be used, or the folder belongs to another run.
     """
     draw_prompts(setup)
     train(setup)

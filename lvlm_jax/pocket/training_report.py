@@ -177,7 +177,7 @@ def compared(
 
 
 def _closer(kind: str, figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """The factor for one kind of answers, in words."""
+    """A sentence: by what factor the student is closer to the teacher than the base is, for one kind of answers."""
     factor = figures["closer"]
     if factor["value"] is None or factor["interval"][0] is None:
         return f"closer to the teacher ({kind}): not defined, there is no distance to divide by."

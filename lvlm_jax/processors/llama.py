@@ -31,7 +31,7 @@ class TextProcessor:
         return self.tokenizer([text], **options)
 
     def apply_chat_template(self, messages: list[dict], **options: Any) -> str:
-        """The text of messages."""
+        """The text that the chat template writes for messages."""
         return self.tokenizer.apply_chat_template(messages, **options)
 
 

@@ -86,7 +86,7 @@ def check_system(processor: Any, system: str) -> None:
 
 
 def tokenizer_options(processor: Any, text: str) -> dict[str, bool]:
-    """Options with which the tokenizer reads a text from the chat template: no special tokens if it begins with one.
+    """Options for tokenising a text from the chat template: if the text begins with a special token, none is added.
 
     `apply_chat_template(tokenize=True)` of transformers' processors does the same.
     """
@@ -105,7 +105,7 @@ def _speaker(message: Message) -> str:
 
 
 def _part_letters(content: str | Sequence[Message]) -> str:
-    """A letter for each part: t for text, i for image; s for a string."""
+    """A letter for each part of a content, t for text and i for an image; s if the content is a string."""
     return "s" if isinstance(content, str) else "".join(part["type"][0] for part in content)
 
 

@@ -25,7 +25,7 @@ class Result:
     Attributes:
         name: name of the check.
         status: PASSED, FAILED, LEFT_OUT or MEASURED.
-        words: the comparison and its outcome, or the reason why it was left out.
+        words: the comparison and its outcome, or the reason why the check was left out.
         figures: the numbers, as plain JSON values.
     """
 

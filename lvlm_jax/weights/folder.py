@@ -79,7 +79,7 @@ def put_in_place(partial: Path, folder: Path) -> None:
     """Moves a finished folder into place, replacing an old one if there is one.
 
     If the system can exchange two names, there is a checkpoint at `folder` at every moment. Otherwise, between two
-    renames, the old one is briefly beside it under a hidden name, which `resolve_checkpoint` reports.
+    renames, the old folder is briefly beside `folder` under a hidden name, which `resolve_checkpoint` reports.
     """
     if not folder.exists():
         partial.rename(folder)

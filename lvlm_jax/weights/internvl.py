@@ -75,7 +75,7 @@ def _chat_vision_rows() -> tuple[Row, ...]:
 
 
 def _internlm2_shares(config: FamilyConfig) -> tuple[int, ...]:
-    """InternLM2 stores, for every key head, its query heads, then the key head, then its value head."""
+    """The shares of q, k and v: InternLM2 stores, for every key head, its query heads, the key head, its value head."""
     return config.text.num_heads // config.text.num_kv_heads, 1, 1
 
 

@@ -182,7 +182,7 @@ def _placement(sharding) -> Callable[[str, tuple[int, ...]], Sharding | None]:
 
 
 def _load_quantized(path: str, source: Source, place: Callable) -> dict[str, jax.Array]:
-    """The leaves of a quantized kernel."""
+    """Loads a kernel and quantizes it; returns path -> leaf."""
     transposed = dataclasses.replace(source, axes=None if source.axes == LINEAR else LINEAR)  # [out, in]
     wide = _load(transposed, None, place(quantize.leaf_paths(path)[0], transposed.shape))
     leaves = quantize.leaves(path, wide, place)

@@ -8,12 +8,12 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 def _blocks(index: int) -> Piece:
-    """All of q, then all of k, then all of v."""
+    """The piece of q, k or v in a tensor that has all of q, then all of k, then all of v."""
     return Piece(index, lambda config: _THIRDS)
 
 
 def _by_head(index: int) -> Piece:
-    """q, k and v of the tower, head by head."""
+    """The piece of q, k or v in a tensor of the tower, which has q, k and v of each head in turn."""
     return Piece(index, lambda config: _THIRDS, lambda config: config.vision.num_heads)
 
 

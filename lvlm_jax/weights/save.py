@@ -196,7 +196,7 @@ def _write_weights(folder: Path, tensors: dict[str, _Tensor], max_shard_size: in
 
 
 def _hf_config(config: FamilyConfig, dtypes: set[np.dtype]) -> dict:
-    """`config.hf` with the saved dtype; without a dtype if the tensors have several."""
+    """`config.hf` with the dtype of the saved tensors; unchanged if they have several dtypes."""
     hf = json.loads(json.dumps(config.hf))
     if len(dtypes) == 1:
         name = next(iter(dtypes)).name

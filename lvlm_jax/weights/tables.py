@@ -88,7 +88,7 @@ class Row:
         path: our parameter path, keys joined by "/".
         name: the tensor's name after the prefix.
         axes: the permutation of the Hugging Face tensor's axes that gives our array.
-        piece: the part of a fused tensor that this row describes; other rows describe the rest. None for a whole tensor.
+        piece: the part of a fused tensor that this row describes; other rows describe the rest. None: a whole tensor.
     """
 
     part: str
@@ -105,7 +105,7 @@ class Table:
     Attributes:
         schemes: scheme name -> part -> prefix.
         ignored: regular expressions of names that are not parameters (buffers of old versions).
-        tied: the path that is absent if embeddings are tied, and the path of the parameter that it then equals.
+        tied: the path that is absent if embeddings are tied, and the path whose parameter is used instead.
         vocabulary: paths whose first Hugging Face axis counts tokens.
         optional: returns the path prefixes that a checkpoint may lack under a configuration, because nothing reads
             them.
