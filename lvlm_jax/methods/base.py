@@ -227,8 +227,8 @@ class Method(Transform):
     def tower_edit(self) -> TowerEdit | None:
         """The edit of the tower that encodes the main branch's images; None for the plain tower, as at a strength of 0.
 
-        It is called before anything is compiled. The plain tower encodes a contrast branch's other images, and the images
-        in training.
+        It is called before anything is compiled. The plain tower encodes the other images of a contrast branch, and the
+        images in training.
         """
         return None
 
@@ -323,7 +323,7 @@ class Method(Transform):
 
         Args:
             carry: the main branch's carry after the last layer.
-            previous: the return value of the previous step; None after the prompt.
+            previous: the return value of this function in the previous step; None in the pass over the prompt.
         """
         return previous
 

@@ -12,8 +12,8 @@ figures of the reconstruction. For the last query row, inside each image of N to
     z_j   <- z_j + g (a A_j / max A - b R_j / max R) before the softmax of that layer
 
 A difference of two maps (each of sum 1) whose entries sum to at most 1e-4 counts as zero: it is rounding. An image
-whose A is zero has no anchors and is left alone, and so is an image that the row does not see. JSD is in nats, the mean
-of both halves. Candidates for l* begin with the last layer of n.
+whose A is zero has no anchors and is left alone, and so is an image that the row does not see. JSD is in nats: the
+mean of the two divergences from the mean of the maps. Candidates for l* begin with the last layer of n.
 
 Differs from the paper in: unknown, because the paper gives no formulas; no authors' code is known.
 

@@ -75,7 +75,7 @@ class OPERA(Method):
                 raise LVLMError(f"OPERA: {name} is {value!r}; expected a whole number >= {low}")
 
     def weights_of_rows(self, attention: Float[Array, "R H S"]) -> Float[Array, "R S"]:
-        """w of the newest tokens' rows, for all columns."""
+        """w in the rows of the newest tokens, for all columns; the module docstring defines w."""
         strongest = attention.max(axis=1)
         if self.variant == "code":
             return strongest / strongest.sum(axis=-1, keepdims=True)
@@ -93,7 +93,7 @@ class OPERA(Method):
     def over_trust(
         self, products: Float[Array, "R M"], newest: Int[Array, ""], image_weight: Float[Array, "R"]
     ) -> tuple[Float[Array, "R"], Int[Array, "R"]]:
-        """φ and c of each row. `image_weight` is the sum of the row's w over image columns."""
+        """φ and c of each row (see the module); `image_weight` is the sum of the row's w over image columns."""
         inside = jnp.arange(products.shape[1]) > newest - self.window
         products = jnp.where(inside, products, -jnp.inf)
         if self.variant == "code":
@@ -138,11 +138,11 @@ class OPERA(Method):
         return jax.lax.dynamic_update_index_in_dim(columns, modes, newest, axis=1)
 
     def recurring(self, columns: Int[np.ndarray, "N T"], alive: Bool[np.ndarray, "N"]) -> int | None:
-        """Returns s if s recurs often enough in every beam that counts; otherwise None. Runs on the host.
+        """Returns s if s recurs often enough in every beam that `alive` marks; otherwise None. Runs on the host.
 
         Args:
             columns: the result of `noted` for every token so far.
-            alive: beams with an unfinished answer, at least one. Under "code" all beams count.
+            alive: beams with an unfinished answer, at least one. Under "code", s must recur in all beams instead.
         """
         if self.variant == "code":
             place = int(mode(columns[None, :, -1])[0])

@@ -82,7 +82,7 @@ def file_name(split: str, index: int) -> str:
 
 
 def number(name: str | int) -> int:
-    """The index in its split of the image with this file name or id."""
+    """The index of an image within its split, from the image's file name or id."""
     return int(re.findall(r"\d+", str(name))[-1]) % 1_000_000
 
 

@@ -86,7 +86,7 @@ def check_system(processor: Any, system: str) -> None:
 
 
 def tokenizer_options(processor: Any, text: str) -> dict[str, bool]:
-    """Options for tokenising a text from the chat template: if the text begins with a special token, none is added.
+    """Options for tokenising a text from the chat template: no special tokens are added if it begins with one.
 
     `apply_chat_template(tokenize=True)` of transformers' processors does the same.
     """

@@ -1,4 +1,4 @@
-"""Reads `pytorch_model.bin` files. Of all modules that load models, only this one imports torch."""
+"""Reads `pytorch_model.bin` files. No other module that loads models imports torch."""
 
 import os
 import zipfile
