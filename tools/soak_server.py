@@ -27,7 +27,7 @@ from lvlm_jax import LVLM
 from lvlm_jax.pocket import scenes
 
 METHODS = ("none", "cmac", "cmac:alpha=1", "cmac:alpha=0.5,beta=0.1", "vcd:alpha=0.5")
-# Their answers are long and differ, so that swapped answers are noticed.
+# The answers to these questions are long and differ, so that swapped answers are noticed.
 QUESTIONS = ("Please describe this image in detail.", "Describe this image.", "Is there a cup in the image?")
 DECODINGS = ({}, {"temperature": 0.9, "top_p": 0.9, "seed": 7})
 LIMIT = 24  # tokens

@@ -367,7 +367,7 @@ def make_contrast_prompt(
             encoder = host.words_tokenizer()
             words = encoder(words, add_special_tokens=False)["input_ids"]
             start = encoder.bos_token_id if start < 0 else start
-        if config.reads_instruction:  # the tower reads the instruction too, so it is replaced there
+        if config.reads_instruction:  # the tower also reads the instruction, so the words go there
             geometry = config.instructed(prompt.geometry, words, method.keeps_instruction())
             other = dataclasses.replace(prompt, geometry=geometry, image_tokens=None)
         else:

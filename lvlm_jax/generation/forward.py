@@ -157,7 +157,7 @@ def prefill(
     if before is not None:
         split, caches, rest = before[0].prefix.length, before, prompt.embeddings[None]
     elif split:
-        # Image tokens that see later ones also need the rows after the split if it lies inside an image.
+        # If the split lies inside an image and image tokens see later ones, they also need the rows after the split.
         end = total if config.text.whole_images else split
         caches = prefix(params, config, prompt, end, split, image_count)
     context = prompt_context(prompt.image_id, method, rows, image_count, split, prompt.axes)

@@ -14,7 +14,7 @@ VICUNA = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
-SHORTEST = 64  # characters; prompts up to this length form the first class, each further class is twice as long
+SHORTEST = 64  # characters; shorter prompts form the first class, and each further class reaches to twice the length
 
 
 def system_prompt(choice: str) -> str:

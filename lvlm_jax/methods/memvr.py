@@ -67,7 +67,7 @@ class MemVR(Method):
         return layer - 1 in layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
 
     def active(self, layer, num_layers, phase):
-        return self.judged(layer, num_layers)  # it has no attention stages, but layers differ
+        return self.judged(layer, num_layers)  # no attention stages, but only these layers are edited
 
     def begin(self, context: Context, embeddings):
         image = context.image_columns()

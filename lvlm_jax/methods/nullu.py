@@ -45,7 +45,7 @@ class Nullu(Method):
         return layer_range(self.start_layer, self.end_layer, self.layers, num_layers)
 
     def active(self, layer, num_layers, phase):
-        return layer in self.edited(num_layers)  # it has no attention stages, but layers differ
+        return layer in self.edited(num_layers)  # no attention stages, but only these layers are edited
 
     def directions(self, layer: int) -> jax.Array:
         """The directions of a layer, `Float[Array, "R E"]`."""

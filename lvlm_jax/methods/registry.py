@@ -92,7 +92,7 @@ def _check_fields(cls: type[Method]) -> None:
         )
 
 
-# Names that a field may not have. `layers` and `rows` are allowed, as the protocol defines them.
+# Names that a field may not have. `layers` and `rows` are allowed: many methods have fields of these names.
 HOOKS = {name for name in dir(Method) if name[0] != "_"} - {"layers", "rows"}
 
 

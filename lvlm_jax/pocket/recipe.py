@@ -317,7 +317,7 @@ def train(config: ConfigDict, workdir: Path) -> Path:
             raise LVLMError(f"stage {stage!r} is unknown; expected some of {', '.join(STAGES)}")
     workdir.mkdir(parents=True, exist_ok=True)
     recipe = Recipe.create(config)
-    recipe.method()  # refused before the first stage
+    recipe.method()  # raises for an unusable method before the first stage
     params = recipe.start(config.start) if config.start else initial_parameters(recipe.module.config, config.seed)
     for stage in config.stages:
         settings = settings_of(config, stage)

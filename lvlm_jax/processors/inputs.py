@@ -146,7 +146,7 @@ def _process_conversation(
     if not known:
         ids, part = run_processor(processor, config, text, images)
         parts = [part]
-    else:  # the layout expands their placeholders later
+    else:  # the layout expands the placeholders of encoded images later
         # If a marker stands for more than image tokens, the processor has an attribute with the whole sequence.
         ids = token_ids(processor, text.replace(marker, getattr(processor, "full_image_sequence", marker)))
         parts = [{"pixel_values": image.pixels[None]} for image in known]

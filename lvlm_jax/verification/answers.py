@@ -16,7 +16,7 @@ from lvlm_jax.verification.results import LEFT_OUT, MEASURED, Result, compared
 
 LOGITS, GREEDY, COST = "logits", "greedy answers", "memory and time"
 NEW_TOKENS = 32
-REPEATS, PATIENCE = 3, 60.0  # number of timed runs, the fastest counts; seconds after which one run suffices
+REPEATS, PATIENCE = 3, 60.0  # number of timed runs, of which the fastest counts; seconds after which one suffices
 TOLERANCE = 1e-4  # relative to the largest logit
 
 

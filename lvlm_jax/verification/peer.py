@@ -166,7 +166,7 @@ def ask(model: Any, prompts: Sequence[Arrays], new_tokens: int) -> list[Answers]
     import torch
     from transformers import GenerationConfig
 
-    # The checkpoint's own settings (penalties, sampling, stop tokens) would replace those that we leave out.
+    # The checkpoint's own values (penalties, sampling, stop tokens) would be used for all settings that we leave out.
     model.generation_config = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, use_cache=True, return_dict_in_generate=True, output_logits=True,
         pad_token_id=0,

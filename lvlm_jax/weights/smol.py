@@ -116,7 +116,7 @@ def write_processor(folder: Path) -> None:
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     (folder / "tokenizer.json").write_text(text.replace(f'"{UNUSED}"', f'"{IMAGE}"'), encoding="utf-8")
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings.pop("chat_template", None)  # it has no images
+    settings.pop("chat_template", None)  # the language model's template has no images
     settings |= {"extra_special_tokens": {"image_token": IMAGE}, "image_token": IMAGE, "pad_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for name in PROCESSOR_FILES:
