@@ -136,7 +136,7 @@ def _read(file: pathlib.Path | io.BytesIO, name: str, read: Callable[[Image.Imag
     """Calls `read(image, name)` with an opened image file."""
     try:
         with warnings.catch_warnings():
-            # Pillow's warnings about large images and inconsistent headers are not shown; `_check_header` has our limit.
+            # Pillow's warnings about large images and inconsistent headers are hidden; `_check_header` has our limit.
             warnings.simplefilter("ignore")
             # Given a path, Pillow would memory-map files, and swap the sides of TIFF images.
             stream = file.open("rb") if isinstance(file, pathlib.Path) else file
