@@ -88,15 +88,6 @@ inline Lanes Exp(Lanes x) {
   return x < -87.0f ? Lanes{} : sum * power;
 }
 
-template <class Combine>
-inline float Reduced(Lanes lanes, const Combine& combine) {
-  float part[kLanes];
-  Store(lanes, part);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t lane = 0; lane < half; ++lane) part[lane] = combine(part[lane], part[lane + half]);
-  return part[0];
-}
-
 // y[r, :] = (or +=) sum over k of x[r * across + k * along] w[k * stride, :], for kTall rows and V vectors of columns.
 template <int V, bool kAdd>
 inline void MultiplyTile(const float* x, int64_t across, int64_t along, const float* w, int64_t stride, int64_t deep,

@@ -26,11 +26,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 inline float Sum(Lanes lanes) {
-  float part[kLanes];
-  Store(lanes, part);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
-  return part[0];
+  return Reduced(lanes, [](float a, float b) { return a + b; });
 }
 
 // Calls multiply(first row, number of rows) for groups of one to four rows; the number is a compile-time constant.

@@ -98,6 +98,16 @@ inline void Ahead(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 inline void Store(Lanes lanes, float* to) { std::memcpy(to, &lanes, sizeof lanes); }
 
+// All lanes combined into one number, pair by pair.
+template <class Combine>
+inline float Reduced(Lanes lanes, const Combine& combine) {
+  float part[kLanes];
+  Store(lanes, part);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) part[lane] = combine(part[lane], part[lane + half]);
+  return part[0];
+}
+
 inline int64_t Ceil(int64_t number, int64_t of) { return (number + of - 1) / of; }
 
 // x [rows, in], y [rows, out], and w either [in, out] or [out, in].

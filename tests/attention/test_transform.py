@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lvlm_jax import methods
+from lvlm_jax.attention.transform import mixes
 from lvlm_jax.generation import forward
 from lvlm_jax.generation.state import Prompt
 from tests.attention.toys import Edited, Identity, Witness
@@ -131,3 +132,14 @@ def test_a_shared_prefix_equals_running_both_branches(model, mixed):
     np.testing.assert_allclose(main, main_apart, rtol=0, atol=1e-5)
     np.testing.assert_allclose(contrast, contrast_apart, rtol=0, atol=1e-5)
     assert np.abs(contrast[:, 0] - main[:, 0]).max() > 0.01
+
+
+def test_a_mixture_does_not_speak_for_stages_of_a_subclass():
+    class Louder(methods.CAPL):
+        def weights(self, site, weights):
+            return 2 * super().weights(site, weights)
+
+    class Named(methods.CAPL):
+        pass
+
+    assert [mixes(method) for method in (methods.CAPL(), Named(), Louder(), methods.VAF())] == [True, True, False, False]

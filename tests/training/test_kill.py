@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from tests.killing import Command, half_written, kill_at, more_lines, wait_for
-from tests.training import interrupted, line
+from tests.killing import Command, Function, contents, half_written, kill_at, more_lines, wait_for
+from tests.training import interrupted, interrupted_objective, line
 
 pytestmark = pytest.mark.full_compiler  # bit-equal to what another process learns
 
@@ -54,3 +54,24 @@ def test_twenty_kills(whole, tmp_path):
                 kill_at(start, more_lines(workdir / "log.jsonl"), rng.uniform(0, 0.4))
         start().finish()
         assert line.curve(workdir) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", interrupted_objective.RUNS)
+def test_twenty_kills_of_an_objective(name, checkpoint, data, tmp_path):
+    """Log and result are those of a run that nobody killed, byte for byte; some kills come while a checkpoint is saved."""
+
+    def start(workdir=tmp_path / "killed"):
+        return Function(interrupted_objective.train, checkpoint, str(data), workdir, name)
+
+    workdir, rng = tmp_path / "killed", random.Random(1)
+    recipe = interrupted_objective.RUNS[name]["recipe"]
+    for number in range(20):
+        saving = half_written(workdir / recipe, "*tmp*")
+        moment = saving if number % 3 == 0 else more_lines(workdir / "log.jsonl")
+        assert kill_at(start, moment, 0 if number % 3 == 0 else rng.uniform(0, 0.1)).in_time
+    for run in (start(), start(tmp_path / "whole")):
+        run.finish()
+    assert line.curve(workdir) == line.curve(tmp_path / "whole")
+    results = [contents(tmp_path / name, "*.safetensors") for name in ("killed", "whole")]
+    assert results[0] and results[0] == results[1]
