@@ -51,7 +51,8 @@ def command_line(words: list[str]) -> argparse.Namespace:
         "--quant", choices=("none", *QUANTS), default="none",
         help="quantize the decoder's kernels; unquantized weights and transformers are measured too (default none)",
     )  # fmt: skip
-    parser.add_argument("--batch", type=int, default=1, help="conversations at once, one image each (default 1)")
+    parser.add_argument("--batch", type=int, default=1, help="conversations at once (default 1)")
+    parser.add_argument("--images", type=int, default=1, help="images per conversation (default 1)")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens decoded in a run (default 32)")
     parser.add_argument("--runs", type=int, default=5, help="runs per figure (default 5)")
     parser.add_argument("--decodes", type=int, default=1, help="timed decodes after each prefill (default 1)")
@@ -184,7 +185,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     params, config = bench_parts.model_of(arguments.size, arguments.dtype)
     count, wide = sum(leaf.size for leaf in jax.tree.leaves(params)), params
     params = params if arguments.quant == "none" else quantize(params)
-    inputs, tokens = bench_parts.random_prompt(config, arguments.batch)
+    config = bench_parts.with_context(config, arguments.images)
+    inputs, tokens = bench_parts.random_prompt(config, arguments.batch, arguments.images)
     chosen = [name for name in arguments.methods.split(",") if name]
     if chosen == ["all"]:
         # All but OPERA, whose beam search this decode loop does not run, and methods that need a fitted file.
@@ -234,6 +236,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         "dtype": arguments.dtype,
         "quant": arguments.quant,
         "batch": arguments.batch,
+        "images": arguments.images,
         "prompt_tokens": tokens.shape[1],
         "new_tokens": arguments.new_tokens,
         "runs": arguments.runs,

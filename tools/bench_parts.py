@@ -1,5 +1,6 @@
 """What the benchmarks share: models with random weights, prompts, timers, and the peak speeds of the machine."""
 
+import dataclasses
 import pathlib
 import platform
 import statistics
@@ -76,22 +77,29 @@ def words_of(config) -> np.ndarray:
     return np.setdiff1d(np.arange(config.text.vocab_size, dtype=np.int32), config.image_token_id)
 
 
-def random_prompt(config, batch: int) -> tuple:
-    """Inputs of `batch` conversations of equal length with one image each, and their tokens [batch, T]."""
+def with_context(config, images: int) -> object:
+    """The configuration, with a context that is long enough for prompts of so many images and 512 tokens more."""
+    least = images * config.tokens_per_image + 512
+    text = dataclasses.replace(config.text, max_position_embeddings=max(least, config.text.max_position_embeddings))
+    return dataclasses.replace(config, text=text)
+
+
+def random_prompt(config, batch: int, images: int = 1) -> tuple:
+    """Inputs of `batch` conversations of equal length with so many images each, and their tokens [batch, T]."""
     rng, words = np.random.default_rng(0), words_of(config)
     before, after = TEXT_TOKENS
     rows = [
         np.concatenate(
             [
                 rng.choice(words, before),
-                np.full(config.tokens_per_image, config.image_token_id),
+                np.full(images * config.tokens_per_image, config.image_token_id),
                 rng.choice(words, after),
             ]
         )
         for _ in range(batch)
     ]
     side = config.vision.image_size
-    pixels = rng.standard_normal((batch, 3, side, side)).astype(np.float32)
+    pixels = rng.standard_normal((batch * images, 3, side, side)).astype(np.float32)
     columns = [np.arange(len(row)) for row in rows]
     inputs = lay_out(
         rows, columns, len(rows[0]), whole_pictures(pixels, config.tokens_per_image), config.image_token_id, 0,

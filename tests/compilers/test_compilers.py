@@ -28,8 +28,6 @@ def compiler(request):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", bench_compilers.METHODS)
 def test_the_memory_of_a_prompt_grows_with_its_length(compiler, name):
-    if (compiler, name) == ("tpu", "capl"):
-        pytest.skip("libtpu 0.0.42.1 overflows its stack at 4096 tokens, which ends the process")
     near, far = (
         bench_compilers.temporary(bench_compilers.compiled(compiler, length, 1, bench_compilers.METHODS[name]()))
         for length in (4096, 16384)
