@@ -142,4 +142,5 @@ def test_a_mixture_does_not_speak_for_stages_of_a_subclass():
     class Named(methods.CAPL):
         pass
 
-    assert [mixes(method) for method in (methods.CAPL(), Named(), Louder(), methods.VAF())] == [True, True, False, False]
+    kinds = (methods.CAPL(), Named(), Louder(), methods.VAF())
+    assert [mixes(method) for method in kinds] == [True, True, False, False]

@@ -1,4 +1,4 @@
-"""Run by `test_kill` in a process of its own: trains an objective on the small checkpoint, from loading to the export."""
+"""Run by `test_kill` in a process of its own: trains an objective on the small checkpoint and exports the result."""
 
 from pathlib import Path
 

@@ -59,7 +59,7 @@ def test_twenty_kills(whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", interrupted_objective.RUNS)
 def test_twenty_kills_of_an_objective(name, checkpoint, data, tmp_path):
-    """Log and result are those of a run that nobody killed, byte for byte; some kills come while a checkpoint is saved."""
+    """Log and result are those of a run that nobody killed, byte for byte; some kills come during a save."""
 
     def start(workdir=tmp_path / "killed"):
         return Function(interrupted_objective.train, checkpoint, str(data), workdir, name)
